@@ -1,0 +1,94 @@
+"""Every error famexport raises on purpose, and the exit code the command line gives it.
+
+    FamExportError                     1  anything else
+    |-- UsageError                     2  a path that does not exist, an option that cannot be
+    |-- InvalidInputError              3  damaged or unacceptable input
+    |   |-- ConfigError                     a model configuration
+    |   |   `-- UnsupportedModelError       an architecture or option famexport does not implement
+    |   |-- CheckpointError                 a checkpoint directory or its tensors
+    |   |-- BundleError                     a bundle: manifest, hashes, file names
+    |   `-- ContractError                   a call whose tensors break the step contract
+    |-- UntrustedError                 4  code or an engine nobody vouched for
+    |-- IncompatibleError              5  wrong device or version
+    |   `-- MissingDependencyError          a package that is not installed
+    `-- NumericError                   6  parity, non-finite values
+        |-- ParityError
+        `-- NonFiniteError
+
+A message says what was got, what was expected and what to type next. Foreign exceptions are mapped with ``from exc``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FamExportError(Exception):
+    """Base of all errors raised by famexport. ``exit_code`` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class UsageError(FamExportError):
+    exit_code = 2
+
+
+class InvalidInputError(FamExportError):
+    exit_code = 3
+
+
+class ConfigError(InvalidInputError):
+    pass
+
+
+class UnsupportedModelError(ConfigError):
+    pass
+
+
+class CheckpointError(InvalidInputError):
+    pass
+
+
+class BundleError(InvalidInputError):
+    pass
+
+
+class ContractError(InvalidInputError):
+    pass
+
+
+class UntrustedError(FamExportError):
+    exit_code = 4
+
+
+class IncompatibleError(FamExportError):
+    exit_code = 5
+
+
+class MissingDependencyError(IncompatibleError):
+    """A package that an extra installs is missing; ``extra`` names the extra."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package!r}; install it with: pip install 'famexport[{extra}]'")
+        self.package, self.extra = package, extra
+
+
+class NumericError(FamExportError):
+    exit_code = 6
+
+
+class ParityError(NumericError):
+    pass
+
+
+class NonFiniteError(NumericError):
+    pass
+
+
+def raise_problems(error: type[FamExportError], subject: str, problems: Sequence[str]) -> None:
+    """Raise one error naming all problems found in ``subject``; do nothing where there are none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise error(f"{subject}: {problems[0]}")
+    raise error(f"{subject}: {len(problems)} problems: " + "; ".join(problems))

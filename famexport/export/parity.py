@@ -1,0 +1,157 @@
+"""Closed-loop parity: the exported step and the float32 torch step each run free on their own state, and are compared.
+
+An error that a single step hides (a state fed back wrongly, a rounding that accumulates) shows here. Past the tolerance
+the export fails; nothing is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from famexport.contract import StepContract
+from famexport.errors import ParityError
+from famexport.export.source import Reference
+from famexport.runtime.backend import STORAGE, Arrays, Loop, to_public
+from famexport.runtime.golden import GOLDEN_BLOCKS, Golden, relative_error
+
+# Largest relative error ||a - b|| / ||b|| of one block's logits or of one state tensor, by precision
+TOLERANCES = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1.5e-1}
+FULL_BLOCKS = 256
+FLOP_BUDGET = 1.5e12  # of the float32 reference: about ten seconds on two CPU cores
+GROWTH_LIMIT = 2.0
+
+
+@dataclass
+class Parity:
+    """What the comparison measured; curves have one value per block."""
+
+    blocks: int
+    batch: int
+    tolerance: float
+    seed: int
+    logits_error: list[float] = field(default_factory=list)
+    state_error: list[float] = field(default_factory=list)
+    fam_norm: list[float] = field(default_factory=list)
+    argmax_agreement: float = 0.0
+    fam_growth: float | None = None
+
+    @property
+    def worst(self) -> float:
+        return max(*self.logits_error, *self.state_error)
+
+    @property
+    def growth_note(self) -> str | None:
+        """One line where the FAM norm grows through the roll-out: such a state loses what it holds, and overflows."""
+        if self.fam_growth is None or self.fam_growth < GROWTH_LIMIT:
+            return None
+        last = self.fam_norm[-1]
+        return f"FAM's norm grew {self.fam_growth:.1f}x over {self.blocks} blocks, to {last:.3g}: train with a norm penalty"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def default_blocks(flops_per_block: int | None, contract: StepContract) -> int:
+    """Blocks to compare: 256 for small models, fewer where the reference would take long, never fewer than 2."""
+    if not flops_per_block:
+        return FULL_BLOCKS
+    return int(min(FULL_BLOCKS, max(2, FLOP_BUDGET // flops_per_block)))
+
+
+def check_parity(
+    loop: Loop,
+    reference: Reference,
+    *,
+    blocks: int,
+    tolerance: float,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Parity, Golden]:
+    """Run ``loop`` and ``reference`` side by side over random input and compare logits and state after every block.
+
+    Where the batch has several rows, the last is reset a third of the way through in both, so that rows are out of step.
+
+    Returns:
+        the measured curves, and the reference's first blocks as a golden rollout.
+    Raises:
+        ParityError: past ``tolerance`` or not finite, naming the block and the tensor.
+    """
+    contract, batch = loop.contract, loop.batch
+    report = Parity(blocks, batch, tolerance, seed)
+    rng = np.random.default_rng(seed)
+    out = np.empty(contract.outputs[0].sized(batch), np.float32)
+    state = {s.name: torch.zeros(s.sized(batch), dtype=_wide(s.dtype)) for s in contract.states}
+    golden = Golden(contract)
+    same = 0
+    reset_at = max(1, blocks // 3) if batch > 1 else blocks
+    for block in range(blocks):
+        if block == reset_at:
+            loop.zero([batch - 1])
+            for tensor in state.values():
+                tensor[batch - 1] = 0
+        fed = random_input(contract, batch, rng)
+        loop.advance(fed, out)
+        loop.commit()
+        with torch.inference_mode():
+            logits, state = reference(torch.from_numpy(fed), state)
+        state = {name: tensor.clone() for name, tensor in state.items()}  # inference tensors cannot be edited in place
+        wanted = logits.numpy()
+        report.logits_error.append(relative_error(out, wanted))
+        got = _public_state(loop)
+        errors = {name: relative_error(array, state[name].numpy()) for name, array in got.items()}
+        report.state_error.append(max(errors.values()))
+        report.fam_norm.append(_fam_norm(got))
+        same += int((out.argmax(-1) == wanted.argmax(-1)).sum())
+        if block < min(GOLDEN_BLOCKS, reset_at):  # a recording has no resets
+            golden.record(fed, wanted, {name: tensor.numpy() for name, tensor in state.items()})
+        _require({"logits": report.logits_error[-1], **errors}, tolerance, block)
+        if progress:
+            progress(block + 1, blocks)
+    report.argmax_agreement = same / (blocks * batch * out.shape[1])
+    report.fam_growth = _growth(report.fam_norm) if contract.fam_length else None
+    return report, golden
+
+
+def random_input(contract: StepContract, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """One block of input: uniform token ids, or standard normal embeddings."""
+    spec = contract.inputs[0]
+    if spec.dtype == "int64":
+        return rng.integers(0, contract.vocab_size, spec.sized(batch), dtype=np.int64)
+    return rng.standard_normal(spec.sized(batch)).astype(STORAGE[spec.dtype])
+
+
+def _require(errors: dict[str, float], tolerance: float, block: int) -> None:
+    worst = max(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
+    if not errors[worst] <= tolerance:  # NaN fails too
+        raise ParityError(
+            f"the exported step differs from the float32 torch step at block {block}: {worst} by {errors[worst]:.3g} "
+            f"(relative), allowed is {tolerance:.3g}; nothing was published"
+        )
+
+
+def _public_state(loop: Loop) -> Arrays:
+    got = loop.read()
+    return {spec.name: to_public(got[spec.name], spec.dtype) for spec in loop.contract.states}
+
+
+def _fam_norm(state: Arrays) -> float:
+    """Mean length of a FAM vector over layers, rows and slots; 0 where the model has none."""
+    fam = [array for name, array in state.items() if name.startswith("past_fam")]
+    return float(np.mean([np.linalg.norm(a.astype(np.float32), axis=-1).mean() for a in fam])) if fam else 0.0
+
+
+def _growth(norms: list[float]) -> float | None:
+    """Mean norm of the last eighth over that of the second: near 1 where the state has settled."""
+    eighth = len(norms) // 8
+    if not eighth:
+        return None
+    return float(np.mean(norms[-eighth:]) / max(np.mean(norms[eighth : 2 * eighth]), 1e-12))
+
+
+def _wide(dtype: str) -> torch.dtype:
+    return torch.float32 if dtype in ("float32", "float16", "bfloat16") else getattr(torch, dtype)

@@ -1,0 +1,182 @@
+"""Graph passes, each a function ``model -> None`` that says what it requires and ensures, and checks what it ensures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from famexport.contract import METADATA_KEY, StepContract
+from famexport.errors import ContractError, FamExportError, raise_problems
+from famexport.tensorfile import TensorEntry
+
+CONTROL_FLOW = ("If", "Loop", "Scan")
+_FOLD_LIMIT = 2**16  # bytes of input that constant folding may read: masks and indices, never weights
+# Operators that only move data run on bfloat16 everywhere; they need no emulation.
+_MOVES = {"Gather", "Concat", "Transpose", "Slice", "Reshape", "Split", "Identity", "Unsqueeze", "Squeeze", "Expand"}
+
+
+def fill_constants(model: ir.Model, values: Mapping[str, np.ndarray]) -> None:
+    """Give the initialisers named in ``values`` their data, so that folding can use them."""
+    for name, array in values.items():
+        if name in model.graph.initializers:
+            model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+
+
+def clean(model: ir.Model) -> None:
+    """Fold constants, merge equal nodes, drop dead ones and every trace of the machine that traced.
+
+    Requires: weights are initialisers without data (``const_value`` None), so that none is folded or copied.
+    Ensures: no control flow, no stack traces or paths in the file, no initialiser that nothing reads.
+    """
+    from onnxscript import optimizer
+
+    level = logging.getLogger("onnxscript").level
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    try:
+        optimizer.fold_constants(model, onnx_shape_inference=False, input_size_limit=_FOLD_LIMIT)
+    finally:
+        logging.getLogger("onnxscript").setLevel(level)
+    for one in (
+        common.CommonSubexpressionEliminationPass(),
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.TopologicalSortPass(),
+        common.ClearMetadataAndDocStringPass(),
+    ):
+        one(model)
+    for name in [n for n, value in model.graph.initializers.items() if not value.uses()]:
+        if not model.graph.initializers[name].is_graph_output():
+            del model.graph.initializers[name]
+    if found := sorted({node.op_type for node in model.graph.all_nodes()} & set(CONTROL_FLOW)):
+        raise FamExportError(f"the step traced into control flow ({', '.join(found)}); express it with tensors only")
+
+
+def bind_weights(model: ir.Model, entries: Mapping[str, TensorEntry], location: str) -> None:
+    """Point each weight's initialiser at its bytes in the external file ``location``.
+
+    Ensures: every initialiser has data, inside the graph or outside.
+    """
+    initializers = model.graph.initializers
+    for name, entry in entries.items():
+        if name in initializers:
+            dtype = ir.DataType[{"float32": "FLOAT"}.get(entry.dtype, entry.dtype.upper())]
+            initializers[name].const_value = ir.ExternalTensor(
+                location, entry.offset, entry.nbytes, dtype, shape=ir.Shape(entry.shape), name=name
+            )
+    empty = [name for name, value in initializers.items() if value.const_value is None]
+    raise_problems(FamExportError, "exported graph", [f"initialiser {name} has no data" for name in empty])
+
+
+def attach_contract(model: ir.Model, contract: StepContract, facts: Mapping[str, str]) -> None:
+    """Write the contract and ``facts`` into the file's metadata, and name the graph.
+
+    Ensures: the graph's inputs and outputs are exactly the contract's, in order, dtype and shape.
+    """
+    graph = model.graph
+    problems = []
+    if [v.name for v in graph.inputs] != contract.input_names:
+        problems.append(f"inputs are {[v.name for v in graph.inputs]}, expected {contract.input_names}")
+    if [v.name for v in graph.outputs] != contract.output_names:
+        problems.append(f"outputs are {[v.name for v in graph.outputs]}, expected {contract.output_names}")
+    if not problems:
+        specs = (*contract.inputs, *contract.states, *contract.outputs, *contract.states)
+        for value, spec in zip((*graph.inputs, *graph.outputs), specs, strict=True):
+            shape = tuple(dim if isinstance(dim, int) else "batch" for dim in value.shape or ())
+            dtype = str(value.dtype).lower()
+            dtype = "float32" if dtype == "float" else dtype
+            if shape != spec.shape or dtype != spec.dtype:
+                problems.append(f"{value.name} is {dtype} {list(shape)}, expected {spec.dtype} {list(spec.shape)}")
+    raise_problems(ContractError, "the step does not keep its contract", problems)
+    graph.name = "block_step"
+    model.producer_name, model.producer_version = "famexport", None
+    model.metadata_props.clear()
+    model.metadata_props.update({METADATA_KEY: contract.to_json(), **facts})
+
+
+def emulate_bfloat16(model: ir.Model) -> None:
+    """Compute in float32 and round every result to bfloat16, for runtimes without bfloat16 arithmetic (ORT on CPUs).
+
+    Requires: values carry dtypes (shape inference has run).
+    Ensures: no arithmetic on bfloat16; inputs, outputs, weights and roundings stay bfloat16.
+    """
+    graph = model.graph
+    bf16 = ir.DataType.BFLOAT16
+    widened: dict[ir.Value, ir.Value] = {}
+
+    def emulated(node: ir.Node) -> bool:
+        if node.op_type == "Cast":
+            return False
+        weight = node.op_type == "Transpose" and node.inputs[0] in graph.initializers.values()
+        # A weight is cast before it is transposed: the transpose then fuses into the product
+        return node.op_type not in _MOVES or weight
+
+    def cast(value: ir.Value, to: ir.DataType) -> ir.Node:
+        node = ir.node("Cast", [value], attributes={"to": to.value})
+        node.outputs[0].dtype, node.outputs[0].shape = to, value.shape
+        return node
+
+    for node in list(graph):
+        if not emulated(node):
+            continue
+        for i, value in enumerate(node.inputs):
+            if value is None or value.dtype != bf16:
+                continue
+            if value not in widened:
+                widening = cast(value, ir.DataType.FLOAT)
+                graph.insert_before(node, widening)
+                widened[value] = widening.outputs[0]
+            node.replace_input_with(i, widened[value])
+        transposed_weight = node.op_type == "Transpose"
+        for output in node.outputs:
+            if output.dtype != bf16:
+                continue
+            output.dtype = ir.DataType.FLOAT
+            if transposed_weight:
+                widened[output] = output  # exact already
+                continue
+            narrowing = cast(output, bf16)
+            narrow = narrowing.outputs[0]
+            if output.is_graph_output():
+                index = list(graph.outputs).index(output)
+                narrow.name, output.name = output.name, f"{output.name}_wide"
+                graph.outputs[index] = narrow
+            for consumer, at in list(output.uses()):
+                if consumer is not narrowing:
+                    consumer.replace_input_with(at, narrow)
+            graph.insert_after(node, narrowing)
+    _rename_new_nodes(graph)
+    for node in graph:
+        if emulated(node) and any(v is not None and v.dtype == bf16 for v in (*node.inputs, *node.outputs)):
+            raise FamExportError(f"bfloat16 emulation left {node.op_type} {node.name} in bfloat16")
+
+
+def infer_types(model: ir.Model, contract: StepContract) -> None:
+    """Give every value its dtype and shape, by ONNX shape inference on the graph without its weights' data."""
+    common.ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True)(model)
+    untyped = [o.name for node in model.graph for o in node.outputs if o.dtype is None]
+    raise_problems(FamExportError, "exported graph", [f"{name} has no dtype" for name in untyped[:5]])
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The file's bytes: the same model gives the same bytes."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def _rename_new_nodes(graph: ir.Graph) -> None:
+    names: dict[str, Any] = {v.name: v for node in graph for v in node.outputs if v.name}
+    fresh = 0
+    for node in graph:
+        for output in node.outputs:
+            if not output.name:
+                while f"cast_{fresh}" in names:
+                    fresh += 1
+                output.name = f"cast_{fresh}"
+                names[output.name] = output
+        node.name = node.name or f"node_{node.outputs[0].name}"

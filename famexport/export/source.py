@@ -1,0 +1,179 @@
+"""What is exported: a checkpoint, whose weights stay on disk, or a module of the user's own that keeps the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from famexport.checkpoint import EMBED_WEIGHT, Checkpoint, tensor_bytes
+from famexport.contract import PRECISION_DTYPE, StepContract
+from famexport.errors import ContractError, NumericError, UsageError
+from famexport.export.trace import Step
+from famexport.model import FamModel, Rope, State
+from famexport.tensorfile import TensorEntry
+
+FAM_INIT = "fam_init"
+INLINE_BYTES = 1024  # smaller tensors stay inside the graph
+RESIDENT_BYTES = 2**31  # float32 references up to this size are kept in memory whole
+
+Reference = Callable[[Tensor, State], tuple[Tensor, State]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A step ready to be traced, and where its weights come from.
+
+    Args:
+        weights: every tensor that may go to the weight file, in the dtype it gets there.
+        load: a weight's bytes, in that dtype.
+        constants: small tensors whose values are known now, by the name they have in the module.
+        reference: builds the float32 step that the export is compared with.
+    """
+
+    module: nn.Module
+    step: Step
+    contract: StepContract
+    device: str
+    weights: Mapping[str, TensorEntry]
+    load: Callable[[str], Any]
+    reference: Callable[[], Reference]
+    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    fam_trained: bool | None = None
+    tokenizer: bytes | None = None
+    cost: dict[str, int] = field(default_factory=dict)
+
+
+def checkpoint_source(
+    checkpoint: Checkpoint, precision: str, batch: int | str, *, inputs: str = "tokens", logits: str = "all"
+) -> Source:
+    """A checkpoint at a precision. Nothing but F_0's computation reads a weight before it is written."""
+    config = checkpoint.config
+    dtype = getattr(torch, PRECISION_DTYPE[precision])
+    with torch.device("meta"):
+        module = FamModel(config).to(dtype).eval()
+    module.rope = module.rope.float()
+    if config.fam_length:
+        shape = (config.num_hidden_layers, config.fam_length, config.hidden_size)
+        module.fam_init = torch.empty(shape, device="meta")
+    contract = module.contract(precision, batch, inputs=inputs, logits=logits)
+    weights = {n: TensorEntry(n, PRECISION_DTYPE[precision], tuple(p.shape)) for n, p in module.named_parameters()}
+    if config.fam_length:
+        weights[FAM_INIT] = TensorEntry(FAM_INIT, "float32", tuple(module.fam_init.shape))
+    models: list[FamModel] = []  # built when first needed, then shared by F_0 and the parity check
+
+    def reference_model() -> FamModel:
+        if not models:
+            models.append(float32_model(checkpoint))
+        return models[0]
+
+    def load(name: str) -> Any:
+        if name == FAM_INIT:
+            return tensor_bytes(reference_model().fam_init)
+        return tensor_bytes(_cast(name, checkpoint.tensor(name), dtype))
+
+    table = Rope(config).named_buffers()
+    return Source(
+        module=module,
+        step=lambda fed, state: module.step(fed, state, logits=logits),
+        contract=contract,
+        device="meta",
+        weights=weights,
+        load=load,
+        reference=lambda: lambda fed, state: reference_model().step(fed, state, logits=logits),
+        constants={f"rope.{name}": buffer.numpy() for name, buffer in table},
+        config=config.to_dict(),
+        fam_trained=checkpoint.fam_trained if config.fam_length else None,
+        tokenizer=checkpoint.tokenizer.read_bytes() if checkpoint.tokenizer else None,
+        cost={"parameters": config.parameters, "flops_per_block": config.block_flops(logits=logits)},
+    )
+
+
+def module_source(module: nn.Module) -> Source:
+    """A user's own module: ``step(tokens, state) -> (logits, state)`` and ``contract``, a StepContract or a function.
+
+    Raises:
+        ContractError: the module lacks one of the two.
+    """
+    contract = getattr(module, "contract", None)
+    contract = contract() if callable(contract) else contract
+    step = getattr(module, "step", None)
+    if not isinstance(contract, StepContract) or not callable(step):
+        raise ContractError(
+            f"{type(module).__name__} needs a method step(tokens, state) -> (logits, state) and a StepContract "
+            "named contract; samples/own_module.py shows one"
+        )
+    module = module.eval()
+    if isinstance(module, FamModel):
+        module.fold_fam()
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    on_meta = [name for name, tensor in tensors.items() if tensor.device.type != "cpu"]
+    if on_meta:
+        raise UsageError(f"export needs a module on the CPU, got {on_meta[0]} on {tensors[on_meta[0]].device}")
+    large = {n: t for n, t in tensors.items() if t.nbytes >= INLINE_BYTES}
+    dtypes = {n: str(t.dtype).removeprefix("torch.") for n, t in large.items()}
+    return Source(
+        module=module,
+        step=step,
+        contract=contract,
+        device="cpu",
+        weights={n: TensorEntry(n, dtypes[n], tuple(t.shape)) for n, t in large.items()},
+        load=lambda name: tensor_bytes(large[name]),
+        reference=lambda: step,
+        constants={n: t.detach().numpy() for n, t in tensors.items() if n not in large},
+        config=module.config.to_dict() if isinstance(module, FamModel) else None,
+        fam_trained=True if isinstance(module, FamModel) and module.config.fam_length else None,
+        cost={"parameters": sum(p.numel() for p in module.parameters())},
+    )
+
+
+def float32_model(checkpoint: Checkpoint) -> FamModel:
+    """The checkpoint in float32 with F_0 folded. Where it is large, a layer's weights are in memory only while it runs."""
+    config = checkpoint.config
+    with torch.device("meta"):
+        model = FamModel(config).eval()
+    model.rope = Rope(config)
+    streamed = config.parameters * 4 > RESIDENT_BYTES
+    for owner_name, owner in model.named_modules():
+        names = [leaf for leaf, _ in owner.named_parameters(recurse=False)]
+        if not names:
+            continue
+        fill = _filler(checkpoint, owner_name, names)
+        if streamed and owner_name.startswith("model.layers."):
+            owner.register_forward_pre_hook(lambda module, _, fill=fill: fill(module))
+            owner.register_forward_hook(lambda module, _, out, names=names: _drop(module, names))
+        else:
+            fill(owner)
+    model.fold_fam()
+    return model
+
+
+def _filler(checkpoint: Checkpoint, owner: str, names: list[str]) -> Callable[[nn.Module], None]:
+    def fill(module: nn.Module) -> None:
+        for leaf in names:
+            tensor = checkpoint.tensor(f"{owner}.{leaf}").float()
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+
+    return fill
+
+
+def _drop(module: nn.Module, names: list[str]) -> None:
+    for leaf in names:
+        setattr(module, leaf, nn.Parameter(getattr(module, leaf).to("meta"), requires_grad=False))
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and not torch.isfinite(cast).all():
+        raise NumericError(f"{name} does not fit float16 (largest magnitude {tensor.abs().max():.3g}); use bf16 or fp32")
+    if not torch.isfinite(cast).all():
+        raise NumericError(f"{name} holds NaN or infinity; the checkpoint is damaged or diverged in training")
+    return cast
+
+
+__all__ = ["EMBED_WEIGHT", "Reference", "Source", "checkpoint_source", "float32_model", "module_source"]

@@ -1,0 +1,152 @@
+"""What a backend is: something that advances one stream's state by one block. The base classes check, backends compute."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from famexport.contract import StepContract, TensorSpec
+from famexport.errors import ContractError, raise_problems
+
+Arrays = dict[str, np.ndarray]
+
+# numpy has no bfloat16: its bits are kept as uint16, and shown to the outside as float32, which holds them exactly
+STORAGE: dict[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "bool": np.bool_,
+}
+
+
+def to_public(array: np.ndarray, dtype: str) -> np.ndarray:
+    """A copy as users see it: bfloat16 bits become float32, which is exact."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.copy()
+
+
+def to_storage(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The inverse of ``to_public``. float32 values that bfloat16 cannot hold are an error, not a rounding."""
+    if dtype != "bfloat16":
+        return array
+    bits = array.view(np.uint32)
+    if np.any(bits & 0xFFFF):
+        raise ContractError("a bfloat16 state was given float32 values that bfloat16 cannot hold exactly")
+    return (bits >> 16).astype(np.uint16)
+
+
+def check_array(array: object, spec: TensorSpec, batch: int, dtype: Any = None) -> list[str]:
+    """What is wrong with ``array`` against ``spec``: kind, dtype, shape, contiguity."""
+    wanted = np.dtype(dtype or STORAGE[spec.dtype])
+    if not isinstance(array, np.ndarray):
+        return [f"{spec.name} is {type(array).__name__}, expected a numpy array"]
+    found = []
+    if array.dtype != wanted:
+        found.append(f"{spec.name} is {array.dtype}, expected {wanted}")
+    if array.shape != spec.sized(batch):
+        found.append(f"{spec.name} has shape {list(array.shape)}, expected {list(spec.sized(batch))}")
+    if not found and not array.flags.c_contiguous:
+        found.append(f"{spec.name} is not contiguous; pass np.ascontiguousarray(...)")
+    return found
+
+
+class Loop(ABC):
+    """The state of one stream on a backend: read by ``advance``, replaced by ``commit``."""
+
+    def __init__(self, contract: StepContract, batch: int) -> None:
+        self.contract, self.batch = contract, batch
+
+    @abstractmethod
+    def advance(self, fed: np.ndarray, out: np.ndarray) -> None:
+        """Run one block from the current state: logits into ``out``, the new state aside. Both arrays are checked."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Make the state that the last ``advance`` computed the current one."""
+
+    @abstractmethod
+    def read(self) -> Arrays:
+        """Copies of the current state, by contract name, in storage dtypes."""
+
+    @abstractmethod
+    def write(self, state: Mapping[str, np.ndarray]) -> None:
+        """Replace the current state. The arrays are checked."""
+
+    @abstractmethod
+    def zero(self, rows: Sequence[int] | None) -> None:
+        """Zero the current state of some rows, or all: they are fresh streams then."""
+
+    def close(self) -> None:  # noqa: B027 - optional for subclasses
+        """Give back what the loop holds."""
+
+    def state_problems(self, state: Mapping[str, Any]) -> list[str]:
+        names = {spec.name for spec in self.contract.states}
+        found = [f"missing state {name}" for name in sorted(names - set(state))]
+        found += [f"unknown state {name}" for name in sorted(set(state) - names)]
+        for spec in self.contract.states:
+            if spec.name in state:
+                public = np.float32 if spec.dtype == "bfloat16" else None
+                found += check_array(state[spec.name], spec, self.batch, public)
+        return found
+
+
+class HostLoop(Loop):
+    """A loop whose state lives in host memory, in two buffers that take turns: nothing is allocated per block."""
+
+    def __init__(self, contract: StepContract, batch: int) -> None:
+        super().__init__(contract, batch)
+        self.buffers: tuple[Arrays, Arrays] = (self._zeros(), self._zeros())
+        self.current = 0
+
+    def _zeros(self) -> Arrays:
+        return {s.name: np.zeros(s.sized(self.batch), STORAGE[s.dtype]) for s in self.contract.states}
+
+    def commit(self) -> None:
+        self.current = 1 - self.current
+
+    def read(self) -> Arrays:
+        return {name: array.copy() for name, array in self.buffers[self.current].items()}
+
+    def write(self, state: Mapping[str, np.ndarray]) -> None:
+        for name, array in state.items():
+            np.copyto(self.buffers[self.current][name], array)
+
+    def zero(self, rows: Sequence[int] | None) -> None:
+        index = slice(None) if rows is None else list(rows)
+        for array in self.buffers[self.current].values():
+            array[index] = 0
+
+
+class Backend(ABC):
+    """A loaded step: weights once, any number of loops over it."""
+
+    name: str
+    provider: str
+    device: str
+
+    def __init__(self, contract: StepContract, precision: str) -> None:
+        self.contract, self.precision = contract, precision
+
+    def open(self, batch: int | None = None) -> Loop:
+        """A new loop with all-zero state. ``batch`` may be given only where the contract's is dynamic."""
+        fixed = self.contract.batch
+        problems = []
+        if fixed == "dynamic":
+            if batch is not None and batch < 1:
+                problems.append(f"batch must be at least 1, got {batch}")
+        elif batch not in (None, fixed):
+            problems.append(f"got batch {batch}, this bundle was exported for {fixed}; export with --batch dynamic")
+        raise_problems(ContractError, "cannot open a stream", problems)
+        return self._open(batch or (fixed if isinstance(fixed, int) else 1))
+
+    @abstractmethod
+    def _open(self, batch: int) -> Loop: ...
+
+    def close(self) -> None:  # noqa: B027 - optional for subclasses
+        """Give back what the backend holds."""

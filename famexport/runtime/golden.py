@@ -1,0 +1,103 @@
+"""A golden rollout: the float32 reference's first blocks, recorded at export, replayed on the device by ``verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from famexport.contract import StepContract
+from famexport.errors import BundleError, ParityError
+from famexport.runtime.backend import Arrays, Loop, to_public
+
+GOLDEN_BLOCKS = 8
+
+
+def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
+    """||got - wanted|| / ||wanted|| in float64; infinite where ``got`` is not finite and ``wanted`` is."""
+    a, b = got.astype(np.float64), wanted.astype(np.float64)
+    if not np.isfinite(a).all():
+        return float("inf")
+    scale = float(np.linalg.norm(b))
+    return float(np.linalg.norm(a - b)) / scale if scale else float(np.linalg.norm(a))
+
+
+class Golden:
+    """Inputs and last-row logits of each block, and the state after the last: FAM and count whole, keys and values of
+    the newest position only, since a full memory would be larger than many models."""
+
+    def __init__(self, contract: StepContract) -> None:
+        self.contract = contract
+        self.inputs: list[np.ndarray] = []
+        self.logits: list[np.ndarray] = []
+        self.state: Arrays = {}
+
+    def record(self, fed: np.ndarray, logits: np.ndarray, state: Mapping[str, np.ndarray]) -> None:
+        self.inputs.append(fed.copy())
+        self.logits.append(logits[:, -1].copy())
+        self.state = {name: condensed(name, array) for name, array in state.items()}
+
+    def to_bytes(self) -> bytes:
+        from safetensors.numpy import save
+
+        arrays = {"inputs": np.stack(self.inputs), "logits": np.stack(self.logits)}
+        return save({**arrays, **{f"state.{name}": array for name, array in self.state.items()}})
+
+
+def condensed(name: str, array: np.ndarray) -> np.ndarray:
+    """What a golden rollout keeps of a state tensor, in float32 or int64."""
+    kept = array[:, :, -1] if name.startswith(("past_key_", "past_value_")) else array
+    return np.ascontiguousarray(kept if kept.dtype == np.int64 else kept.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Relative errors of a replayed golden rollout; the curve has one value per block."""
+
+    blocks: int
+    logits_error: list[float]
+    state_error: float
+    tolerance: float
+
+    @property
+    def worst(self) -> float:
+        return max(*self.logits_error, self.state_error)
+
+
+def replay(data: bytes, loop: Loop, tolerance: float) -> Replay:
+    """Run a recorded rollout through ``loop`` from a fresh state and compare.
+
+    Raises:
+        BundleError: the recording does not fit the contract.
+        ParityError: past ``tolerance`` on this device.
+    """
+    from safetensors.numpy import load
+
+    contract = loop.contract
+    try:
+        arrays = load(data)
+        inputs, logits = arrays["inputs"], arrays["logits"]
+        shapes_fit = inputs.shape[1:] == contract.inputs[0].sized(loop.batch)
+    except Exception as exc:  # the safetensors package raises its own and built-in errors
+        raise BundleError(f"golden rollout cannot be read: {exc}") from exc
+    if not shapes_fit or len(inputs) != len(logits) or not len(inputs):
+        raise BundleError(f"golden rollout has inputs {list(inputs.shape)} for a batch of {loop.batch}")
+    loop.zero(None)
+    out = np.empty(contract.outputs[0].sized(loop.batch), np.float32)
+    errors = []
+    for fed, wanted in zip(inputs, logits, strict=True):
+        loop.advance(np.ascontiguousarray(fed), out)
+        loop.commit()
+        errors.append(relative_error(out[:, -1], wanted))
+    state = loop.read()
+    state_errors = [
+        relative_error(condensed(s.name, to_public(state[s.name], s.dtype)), arrays[f"state.{s.name}"])
+        for s in contract.states
+    ]
+    result = Replay(len(inputs), errors, max(state_errors), tolerance)
+    if not result.worst <= tolerance:
+        raise ParityError(
+            f"golden rollout differs on this device by {result.worst:.3g} (relative), allowed is {tolerance:.3g}"
+        )
+    return result

@@ -1,0 +1,92 @@
+"""``load``: a checked bundle on a backend, from which streams are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from famexport.bundle import Bundle, open_bundle
+from famexport.config import FamConfig
+from famexport.contract import StepContract
+from famexport.errors import IncompatibleError, UsageError
+from famexport.runtime.backend import Backend
+from famexport.runtime.stream import Stream
+
+BACKENDS = ("ort-cpu", "torch")  # in the order in which "auto" tries them
+
+
+class Session:
+    """A loaded bundle: weights once, any number of streams over them."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle, self.backend = bundle, backend
+        self.contract: StepContract = backend.contract
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Backend, provider, device, precision, bytes of one row's state, and the bundle's id."""
+        return {
+            "backend": self.backend.name,
+            "provider": self.backend.provider,
+            "device": self.backend.device,
+            "precision": self.backend.precision,
+            "state_bytes": self.contract.state_bytes(),
+            "bundle_id": self.bundle.id,
+        }
+
+    def stream(self, batch: int | None = None) -> Stream:
+        """A fresh stream. ``batch`` is given only where the bundle was exported with a dynamic batch."""
+        return Stream(self.backend.open(batch))
+
+    def close(self) -> None:
+        self.backend.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def load(
+    bundle: str | Path | Bundle,
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Session:
+    """Check a bundle, then load it on a backend.
+
+    Args:
+        bundle: its directory, or one already opened.
+        backend: ``auto``, ``ort-cpu`` or ``torch``.
+        threads: threads for one operator; None leaves the backend's own choice.
+        progress: called with (bytes hashed, bytes in all).
+    Raises:
+        UsageError: no such path, no such backend.
+        BundleError: damaged, or not a bundle; nothing was parsed or loaded.
+        MissingDependencyError, IncompatibleError: the backend cannot run it here.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise UsageError(f"no backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, progress=progress)
+    return Session(opened, open_backend(opened, BACKENDS[0] if backend == "auto" else backend, threads))
+
+
+def open_backend(bundle: Bundle, name: str, threads: int | None = None) -> Backend:
+    """The backend ``name`` over a checked bundle."""
+    manifest = bundle.manifest
+    weights = bundle.file(manifest.weights) if manifest.weights else None
+    if name == "ort-cpu":
+        from famexport.runtime.ort import OrtCpu
+
+        graph = manifest.graphs["block_step"]
+        data = bundle.read(graph.variants.get("ort-cpu", graph.file))
+        return OrtCpu(bundle.contract, manifest.precision, data, weights, threads)
+    if manifest.config is None or weights is None:
+        raise IncompatibleError("the backend torch runs famexport's own model, and this bundle holds another; use ort-cpu")
+    from famexport.runtime.torch_reference import TorchCpu
+
+    return TorchCpu(bundle.contract, manifest.precision, FamConfig.from_dict(manifest.config), weights, threads)

@@ -1,0 +1,86 @@
+"""The built-in model in PyTorch over a bundle's own weights: the reference that other backends are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from famexport.config import FamConfig
+from famexport.contract import StepContract
+from famexport.errors import BundleError, MissingDependencyError
+from famexport.runtime.backend import Backend, HostLoop
+from famexport.tensorfile import read_header
+
+
+class TorchCpu(Backend):
+    """``FamModel.step``, eager, at the bundle's precision. The only backend that imports torch.
+
+    Args:
+        config: the model's configuration, from the manifest.
+        weights: the bundle's weight file; its tensors stay memory-mapped.
+    """
+
+    name = "torch"
+    provider = "torch"
+    device = "cpu"
+
+    def __init__(
+        self, contract: StepContract, precision: str, config: FamConfig, weights: Path, threads: int | None = None
+    ) -> None:
+        super().__init__(contract, precision)
+        try:
+            import torch
+            from safetensors import safe_open
+
+            from famexport.model import FamModel
+        except ImportError as exc:
+            raise MissingDependencyError("torch", "export", "the backend torch") from exc
+        if threads:
+            torch.set_num_threads(threads)
+        with torch.device("meta"):
+            self.model = FamModel(config).eval()
+        self.model.rope = type(self.model.rope)(config)  # tables are computed, so they must not be on "meta"
+        missing = set(dict(self.model.named_parameters()))
+        with safe_open(weights, framework="pt") as file:
+            for name in read_header(weights):
+                tensor = file.get_tensor(name)
+                if name == "fam_init":
+                    self.model.fam_init = tensor
+                elif name in missing:
+                    owner, _, leaf = name.rpartition(".")
+                    setattr(self.model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+                    missing.remove(name)
+                else:
+                    raise BundleError(f"{weights.name} holds {name}, which the model does not have")
+        unused = {"model.fam_embeddings.weight"}  # F_0 is folded
+        if contract.inputs[0].name == "inputs_embeds" and not config.tie_word_embeddings:
+            unused.add("model.embed_tokens.weight")
+        if missing - unused:
+            raise BundleError(f"{weights.name} lacks {', '.join(sorted(missing - unused))}")
+
+    def _open(self, batch: int) -> TorchLoop:
+        return TorchLoop(self, batch)
+
+
+class TorchLoop(HostLoop):
+    def __init__(self, backend: TorchCpu, batch: int) -> None:
+        super().__init__(backend.contract, batch)
+        import torch
+
+        self._torch, self._model = torch, backend.model
+        dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.contract.states}
+
+        def view(name: str, array: np.ndarray) -> Any:
+            return torch.from_numpy(array).view(dtypes[name]) if array.dtype == np.uint16 else torch.from_numpy(array)
+
+        self._views = [{n: view(n, a) for n, a in buffers.items()} for buffers in self.buffers]
+
+    def advance(self, fed: np.ndarray, out: np.ndarray) -> None:
+        with self._torch.inference_mode():
+            past, present = self._views[self.current], self._views[1 - self.current]
+            logits, new = self._model.step(self._torch.from_numpy(fed), past, logits=self.contract.logits)
+            for name, tensor in new.items():
+                present[name].copy_(tensor)
+            self._torch.from_numpy(out).copy_(logits)

@@ -1,0 +1,131 @@
+"""Safetensors files written and read as streams, one tensor in memory at a time.
+
+The safetensors package writes only tensors that are all in memory at once, and does not tell where in the file a tensor
+lies. famexport needs both: checkpoints larger than memory, and byte offsets, since a bundle's weight file is a
+safetensors file that the ONNX graphs point into as external data.
+Format: https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+from famexport.contract import ITEM_BYTES
+from famexport.errors import InvalidInputError
+
+MAX_HEADER_BYTES = 16 * 2**20
+ALIGNMENT = 64  # of the data section, in bytes
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+class Buffer(Protocol):
+    """Anything with the buffer protocol: bytes, or a C-contiguous numpy array."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor in a file: ``offset`` and ``nbytes`` are bytes from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = -1
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def write_tensors(
+    path: Path,
+    tensors: Iterable[TensorEntry],
+    load: Callable[[str], Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, TensorEntry]:
+    """Write ``tensors`` to ``path``, asking ``load(name)`` for one buffer at a time.
+
+    The order in the file is widest dtype first, then by name, so the same tensors give the same bytes.
+
+    Args:
+        load: gives a tensor's bytes in row-major order (bfloat16 as uint16).
+        progress: called with (bytes written, bytes in all).
+    Returns:
+        The entries with their offsets.
+    """
+    ordered = sorted(tensors, key=lambda t: (-ITEM_BYTES[t.dtype], t.name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for t in ordered:
+        header[t.name] = {
+            "dtype": _CODES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [position, position + t.nbytes],
+        }
+        position += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    total, start = position, 8 + len(text)
+    placed: dict[str, TensorEntry] = {}
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for t in ordered:
+            data = memoryview(load(t.name)).cast("B")
+            if data.nbytes != t.nbytes:
+                raise InvalidInputError(f"{t.name}: got {data.nbytes} bytes, expected {t.nbytes} for {t.dtype} {t.shape}")
+            placed[t.name] = TensorEntry(t.name, t.dtype, t.shape, file.tell())
+            file.write(data)
+            if progress:
+                progress(file.tell() - start, total)
+    return placed
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors in a safetensors file and where they lie, every offset checked against the file's size.
+
+    Raises:
+        InvalidInputError: not a safetensors file, truncated, or a header that contradicts itself.
+    """
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise InvalidInputError(f"{path.name} is not a safetensors file, or it is truncated ({size} bytes)")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(name, info, 8 + length) for name, info in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise InvalidInputError(f"{path.name}: damaged safetensors header: {exc}") from exc
+    end = 8 + length
+    for entry in sorted(entries.values(), key=lambda e: (e.offset, e.nbytes)):
+        if entry.offset != end:
+            raise InvalidInputError(f"{path.name}: {entry.name} starts at byte {entry.offset}, expected {end}")
+        end += entry.nbytes
+    if end != size:
+        raise InvalidInputError(f"{path.name}: got {size} bytes, expected {end}: truncated or overwritten; copy it again")
+    return entries
+
+
+def _entry(name: str, info: Mapping[str, Any], base: int) -> TensorEntry:
+    shape = tuple(info["shape"])
+    begin, end = info["data_offsets"]
+    if info["dtype"] not in _DTYPES:
+        raise ValueError(f"{name} has dtype {info['dtype']}, supported are {sorted(_DTYPES)}")
+    if any(not isinstance(n, int) or n < 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{name} has a bad shape or offset")
+    entry = TensorEntry(name, _DTYPES[info["dtype"]], shape, base + begin)
+    if end - begin != entry.nbytes:
+        raise ValueError(f"{name} spans {end - begin} bytes, its shape needs {entry.nbytes}")
+    return entry
