@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from famexport.checkpoint import init_checkpoint, open_checkpoint
     from famexport.config import FamConfig, preset
     from famexport.contract import StepContract, TensorSpec
-    from famexport.convert import convert
+    from famexport.convert import convert as convert_checkpoint
     from famexport.errors import FamExportError
     from famexport.export.pipeline import export_bundle
     from famexport.runtime.session import Session, load
@@ -35,7 +35,7 @@ _HOMES = {
     "StepContract": "famexport.contract",
     "Stream": "famexport.runtime.stream",
     "TensorSpec": "famexport.contract",
-    "convert": "famexport.convert",
+    "convert_checkpoint": "famexport.convert",
     "export_bundle": "famexport.export.pipeline",
     "init_checkpoint": "famexport.checkpoint",
     "load": "famexport.runtime.session",
@@ -43,6 +43,7 @@ _HOMES = {
     "open_checkpoint": "famexport.checkpoint",
     "preset": "famexport.config",
 }
+_NAMES = {"convert_checkpoint": "convert"}  # a submodule has the plain name
 __all__ = [
     "Bundle",
     "FamConfig",
@@ -52,7 +53,7 @@ __all__ = [
     "Stream",
     "TensorSpec",
     "__version__",
-    "convert",
+    "convert_checkpoint",
     "export_bundle",
     "init_checkpoint",
     "load",
@@ -64,7 +65,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_HOMES[name]), _NAMES.get(name, name))
     raise AttributeError(f"module 'famexport' has no attribute {name!r}")
 
 

@@ -46,7 +46,8 @@ class Checkpoint:
         from safetensors import safe_open
 
         with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            weight: Tensor = file.get_tensor(name)
+            return weight
 
     @property
     def dtype(self) -> str:
@@ -71,7 +72,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     data = read_hf_config(path)
     if not isinstance(data.get("fam"), dict):
         raise CheckpointError(
-            f"{path}: config.json has no \"fam\" object, so this is a plain Hugging Face checkpoint; "
+            f'{path}: config.json has no "fam" object, so this is a plain Hugging Face checkpoint; '
             f"make it one of famexport's with: famexport convert {path} -o CHECKPOINT"
         )
     config = config_from_hf(data)
@@ -132,7 +133,7 @@ def tensor_files(path: Path) -> tuple[dict[str, Path], dict[str, TensorEntry]]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """``model.safetensors``, or the shards in its index: a hub directory may hold the same weights in other files too."""
+    """``model.safetensors``, or the shards in its index: a hub directory may hold the same weights in more files."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -141,7 +142,9 @@ def _weight_files(path: Path) -> list[Path]:
     shards = _read_json(index, MAX_INDEX_BYTES).get("weight_map")
     names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     problems = [] if names else ["no weight_map"]
-    problems += [f"{name!r:.100} is not a file name" for name in names if not name or "\0" in name or Path(name).name != name]
+    problems += [
+        f"{name!r:.100} is not a file name" for name in names if not name or "\0" in name or Path(name).name != name
+    ]
     problems = problems or [f"{name} is missing; copy it again" for name in names if not (path / name).is_file()]
     raise_problems(CheckpointError, str(index), problems)
     return [path / name for name in names]

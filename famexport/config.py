@@ -128,7 +128,8 @@ class FamConfig:
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         per_norm = c.hidden_size * (2 if c.norm == "layernorm" else 1)
         layer = c.hidden_size * (2 * q + 2 * kv) + c.hidden_size * c.intermediate_size * (3 if c.gated_mlp else 2)
-        layer += (q + 2 * kv) * c.qkv_bias + c.hidden_size * c.out_bias + 2 * c.head_dim * c.qk_norm + 2 * per_norm
+        layer += (q + 2 * kv) * c.qkv_bias + c.hidden_size * c.out_bias + 2 * per_norm
+        layer += 2 * c.head_dim * c.qk_norm * (2 if c.norm == "layernorm" else 1)
         layer += (c.intermediate_size * (2 if c.gated_mlp else 1) + c.hidden_size) * c.mlp_bias
         tables = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
         return c.num_hidden_layers * layer + tables + per_norm + c.fam_length * c.hidden_size

@@ -1,8 +1,8 @@
 """The step contract: what a step graph takes and gives, by name. Pure Python, no torch, no onnx.
 
-A step is ``(inputs, past_*) -> (logits, present_*)``. The batch is axis 0 of every tensor. Every state ``past_X`` has an
-output ``present_X`` of the same shape and dtype, fed back as the next block's ``past_X``. An all-zero state is a fresh
-stream. Sorted order of the state names is their order in the graph, so tools that pair states by order agree.
+A step is ``(inputs, past_*) -> (logits, present_*)``. The batch is axis 0 of every tensor. Every state ``past_X`` has
+an output ``present_X`` of the same shape and dtype, fed back as the next block's ``past_X``. An all-zero state is a
+fresh stream. Sorted order of the state names is their order in the graph, so tools that pair states by order agree.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def present_name(past: str) -> str:
 
 @dataclass(frozen=True)
 class StepContract:
-    """What every graph of a bundle promises. ``batch`` is a number or ``"dynamic"``; ``logits`` is ``"all"`` or ``"last"``.
+    """What every graph of a bundle promises.
 
     Args:
+        batch: a number, or ``"dynamic"``.
+        logits: whether the step gives ``"all"`` rows of a block or the ``"last"``.
         inputs: what is fed fresh each block: ``tokens`` int64 [b, T] or ``inputs_embeds`` float32 [b, T, D].
         states: recurrent tensors, named ``past_*``, in graph order.
     """
@@ -88,15 +90,17 @@ class StepContract:
         for name in ("memory_segments", "fam_length"):
             if getattr(self, name) < 0:
                 found.append(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.batch != "dynamic" and (not isinstance(self.batch, int) or self.batch < 1):
+        if self.batch != "dynamic" and (type(self.batch) is not int or self.batch < 1):
             found.append(f"batch must be a positive number or 'dynamic', got {self.batch!r}")
         if self.logits not in ("all", "last"):
             found.append(f"logits must be 'all' or 'last', got {self.logits!r}")
         if unknown := [g for g in self.graphs if g not in GRAPHS]:
             found.append(f"unknown graphs {unknown}, known are {list(GRAPHS)}")
+        if not self.graphs or len(set(self.graphs)) != len(self.graphs):
+            found.append(f"graphs must be named once each, got {list(self.graphs)}")
         names = [spec.name for spec in (*self.inputs, *self.states)]
-        if len(set(names)) != len(names):
-            found.append("tensor names repeat")
+        if len(set(names)) != len(names) or not all(names) or "logits" in names:
+            found.append("tensor names must be there, differ, and not be 'logits'")
         if not self.inputs:
             found.append("at least one input is needed")
         state_names = [s.name for s in self.states]
@@ -108,10 +112,10 @@ class StepContract:
         for spec in (*self.inputs, *self.states):
             if spec.dtype not in ITEM_BYTES:
                 found.append(f"{spec.name} has unknown dtype {spec.dtype!r}")
-            if not spec.shape or spec.shape[0] != batch:
+            if not spec.shape or spec.shape[0] != batch or type(spec.shape[0]) is not type(batch):
                 found.append(f"{spec.name} must have the batch ({batch}) as axis 0, got shape {list(spec.shape)}")
-            if any(not isinstance(dim, int) or dim < 1 for dim in spec.shape[1:]):
-                found.append(f"{spec.name} must have positive static dimensions after the batch, got {list(spec.shape)}")
+            if any(type(dim) is not int or dim < 1 for dim in spec.shape[1:]):
+                found.append(f"{spec.name} must have positive fixed dimensions after the batch, got {list(spec.shape)}")
         return found
 
     @property
@@ -181,14 +185,6 @@ class StepContract:
 
         plain = {key: data[key] for key in expected if key not in ("inputs", "states", "graphs")}
         return cls(**plain, inputs=specs("inputs"), states=specs("states"), graphs=tuple(data["graphs"]))
-
-    @classmethod
-    def from_json(cls, text: str) -> StepContract:
-        try:
-            data = json.loads(text)
-        except ValueError as exc:
-            raise ContractError(f"step contract is not JSON: {exc}") from exc
-        return cls.from_dict(data)
 
 
 def _key_problems(data: Any, expected: Mapping[str, Any]) -> list[str]:

@@ -47,7 +47,7 @@ def config_from_hf(data: Mapping[str, Any], fam: Mapping[str, Any] | None = None
     family = _family(data)
     fam_object = data.get("fam") or {}
     if not isinstance(fam_object, Mapping):
-        raise ConfigError(f"config.json: \"fam\" must be an object, got {type(fam_object).__name__}")
+        raise ConfigError(f'config.json: "fam" must be an object, got {type(fam_object).__name__}')
     merged = {**fam_object, **{k: v for k, v in (fam or {}).items() if v is not None}}
     merged.pop("trained", None)
     if family == "fam":
@@ -59,7 +59,8 @@ def config_from_hf(data: Mapping[str, Any], fam: Mapping[str, Any] | None = None
     missing += [key for key in needed if data.get(key) is None]
     problems += [f"missing key {key}" for key in missing]
     theta, scaling = _rope(data, problems)
-    heads, width = data.get("num_attention_heads"), data.get("hidden_size")
+    heads: Any = data.get("num_attention_heads")
+    width: Any = data.get("hidden_size")
     if not missing and not (type(heads) is type(width) is int and heads > 0):
         problems.append(f"num_attention_heads={heads!r} and hidden_size={width!r} must be positive integers")
     raise_problems(ConfigError, f"config.json ({family})", problems)
@@ -194,13 +195,17 @@ def _rope(data: Mapping[str, Any], problems: list[str]) -> tuple[float, Llama3Sc
     new, old = _rope_object(data, "rope_parameters"), _rope_object(data, "rope_scaling")
     rope = new or old
     if new and any(new.get(key, value) != value for key, value in old.items()):
-        raise ConfigError(f"config.json: rope_parameters={new!r:.200} and rope_scaling={old!r:.200} contradict each other")
+        raise ConfigError(
+            f"config.json: rope_parameters={new!r:.200} and rope_scaling={old!r:.200} contradict each other"
+        )
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise UnsupportedModelError("config.json: rope parameters per layer type are not supported")
-    theta = new.get("rope_theta", data.get("rope_theta", 10000.0))
+    theta = rope.get("rope_theta", data.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(f"config.json: partial_rotary_factor={rope['partial_rotary_factor']} is not supported")
+        raise UnsupportedModelError(
+            f"config.json: partial_rotary_factor={rope['partial_rotary_factor']} is not supported"
+        )
     if kind == "default":
         return theta, None
     if kind != "llama3":

@@ -1,7 +1,8 @@
 """The FAM block step in PyTorch: the maths of TransformerFAM (arXiv 2404.09173, Algorithms 1 and 2), and nothing else.
 
-Shapes: b batch, T block_size, F fam_length, M memory_segments, D hidden_size, H heads, Hkv key/value heads, Dh head_dim,
-V vocab_size. Parameter names are those of Hugging Face's Llama, plus ``model.fam_embeddings.weight`` [F, D].
+Shapes: b batch, T block_size, F fam_length, M memory_segments, D hidden_size, H heads, Hkv key/value heads,
+Dh head_dim, V vocab_size. Parameter names are those of Hugging Face's Llama, plus ``model.fam_embeddings.weight``
+[F, D].
 
 The residual stream is float32 whatever the weights' dtype: FAM adds to itself at every block without decay, and norms
 are computed in float32 anyway.
@@ -10,6 +11,7 @@ are computed in float32 anyway.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +70,8 @@ class Attention(nn.Module):
     def out(self, heads: Tensor) -> Tensor:
         """[b, H, n, Dh] -> [b, n, D], float32."""
         b, _, n, _ = heads.shape
-        return self.o_proj(heads.transpose(1, 2).reshape(b, n, self.heads * self.head_dim)).float()
+        rows: Tensor = self.o_proj(heads.transpose(1, 2).reshape(b, n, self.heads * self.head_dim))
+        return rows.float()
 
 
 class FeedForward(nn.Module):
@@ -82,12 +85,15 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
         hidden = self._act(up) if self.gate_proj is None else self._act(self.gate_proj(x)) * up
-        return self.down_proj(hidden).float()
+        rows: Tensor = self.down_proj(hidden)
+        return rows.float()
 
     def _act(self, x: Tensor) -> Tensor:
         if self.activation == "gelu_tanh":
             return F.gelu(x, approximate="tanh")
-        return {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[self.activation](x)
+        if self.activation == "gelu":
+            return F.gelu(x)
+        return F.relu(x) if self.activation == "relu" else F.silu(x)
 
 
 class Layer(nn.Module):
@@ -174,14 +180,16 @@ class Body(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.fam_length:
             self.fam_embeddings = nn.Embedding(config.fam_length, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]  # a ModuleList is one
+            Layer(config) for _ in range(config.num_hidden_layers)
+        )
         self.norm = Norm(config, config.hidden_size)
 
 
 class FamModel(nn.Module):
     """A FAM language model. ``step`` is the exported function; ``fold_fam`` turns F_0 into a constant."""
 
-    fam_init: Tensor | None
+    fam_init: Tensor | None  # F_0 of every layer [L, F, D] once folded
 
     def __init__(self, config: FamConfig) -> None:
         super().__init__()

@@ -82,7 +82,9 @@ def write_tensors(
         for t in ordered:
             data = memoryview(load(t.name)).cast("B")
             if data.nbytes != t.nbytes:
-                raise InvalidInputError(f"{t.name}: got {data.nbytes} bytes, expected {t.nbytes} for {t.dtype} {t.shape}")
+                raise InvalidInputError(
+                    f"{t.name}: got {data.nbytes} bytes, expected {t.nbytes} for {t.dtype} {t.shape}"
+                )
             placed[t.name] = TensorEntry(t.name, t.dtype, t.shape, file.tell())
             file.write(data)
             if progress:
@@ -114,7 +116,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise InvalidInputError(f"{path.name}: {entry.name} starts at byte {entry.offset}, expected {end}")
         end += entry.nbytes
     if end != size:
-        raise InvalidInputError(f"{path.name}: got {size} bytes, expected {end}: truncated or overwritten; copy it again")
+        raise InvalidInputError(
+            f"{path.name}: got {size} bytes, expected {end}: truncated or overwritten; copy it again"
+        )
     return entries
 
 

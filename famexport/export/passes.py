@@ -1,4 +1,4 @@
-"""Graph passes, each a function ``model -> None`` that says what it requires and ensures, and checks what it ensures."""
+"""Graph passes: functions ``model -> None`` that say what they require and ensure, and check what they ensure."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def clean(model: ir.Model) -> None:
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         common.TopologicalSortPass(),
         common.ClearMetadataAndDocStringPass(),
@@ -166,7 +166,8 @@ def infer_types(model: ir.Model, contract: StepContract) -> None:
 
 def serialize(model: ir.Model) -> bytes:
     """The file's bytes: the same model gives the same bytes."""
-    return ir.to_proto(model).SerializeToString(deterministic=True)
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return data
 
 
 def _rename_new_nodes(graph: ir.Graph) -> None:

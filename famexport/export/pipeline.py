@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
-from famexport.bundle import Bundle, GraphFiles, Manifest, describe_files, is_bundle, open_bundle, write_manifest
+from famexport.bundle import Bundle, describe_files, is_bundle, open_bundle, write_manifest
 from famexport.checkpoint import Checkpoint, open_checkpoint
 from famexport.contract import PRECISION_DTYPE
 from famexport.errors import FamExportError, UsageError
@@ -18,6 +18,7 @@ from famexport.export import passes
 from famexport.export.parity import TOLERANCES, Parity, check_parity, default_blocks
 from famexport.export.source import Source, checkpoint_source, module_source
 from famexport.export.trace import trace_step
+from famexport.manifest import GraphFiles, Manifest
 from famexport.publish import staged_directory
 from famexport.runtime.golden import Golden
 from famexport.runtime.ort import OrtCpu
@@ -68,9 +69,8 @@ def export_bundle(
     _check_options(precision, batch, inputs, logits)
     report: Progress = progress or (lambda stage, done, total: None)
     what = _source(source, precision, batch, inputs, logits)
-    if isinstance(source, nn.Module):
-        if precision != "fp32" or batch != 1:
-            raise UsageError("a module is exported as it is: its contract holds its batch and dtypes, not these options")
+    if isinstance(source, nn.Module) and (precision, batch, inputs, logits) != ("fp32", 1, "tokens", "all"):
+        raise UsageError("a module is exported as its own contract says; precision, batch, inputs and logits go there")
     with staged_directory(Path(out), is_bundle, "bundle") as temp:
         report("trace", 0, 1)
         model = trace_step(what.module, what.step, what.contract, opset, what.device)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from famexport.checkpoint import EMBED_WEIGHT, Checkpoint, tensor_bytes
-from famexport.contract import PRECISION_DTYPE, StepContract
+from famexport.checkpoint import Checkpoint, tensor_bytes
+from famexport.config import FamConfig
+from famexport.contract import ITEM_BYTES, PRECISION_DTYPE, StepContract
 from famexport.errors import ContractError, NumericError, UsageError
 from famexport.export.trace import Step
 from famexport.model import FamModel, Rope, State
@@ -64,7 +65,9 @@ def checkpoint_source(
     contract = module.contract(precision, batch, inputs=inputs, logits=logits)
     weights = {n: TensorEntry(n, PRECISION_DTYPE[precision], tuple(p.shape)) for n, p in module.named_parameters()}
     if config.fam_length:
-        weights[FAM_INIT] = TensorEntry(FAM_INIT, "float32", tuple(module.fam_init.shape))
+        weights[FAM_INIT] = TensorEntry(
+            FAM_INIT, "float32", (config.num_hidden_layers, config.fam_length, config.hidden_size)
+        )
     models: list[FamModel] = []  # built when first needed, then shared by F_0 and the parity check
 
     def reference_model() -> FamModel:
@@ -74,7 +77,7 @@ def checkpoint_source(
 
     def load(name: str) -> Any:
         if name == FAM_INIT:
-            return tensor_bytes(reference_model().fam_init)
+            return tensor_bytes(reference_model().get_buffer(FAM_INIT))
         return tensor_bytes(_cast(name, checkpoint.tensor(name), dtype))
 
     table = Rope(config).named_buffers()
@@ -90,7 +93,7 @@ def checkpoint_source(
         config=config.to_dict(),
         fam_trained=checkpoint.fam_trained if config.fam_length else None,
         tokenizer=checkpoint.tokenizer.read_bytes() if checkpoint.tokenizer else None,
-        cost={"parameters": config.parameters, "flops_per_block": config.block_flops(logits=logits)},
+        cost=_cost(config, ITEM_BYTES[PRECISION_DTYPE[precision]], logits),
     )
 
 
@@ -133,7 +136,7 @@ def module_source(module: nn.Module) -> Source:
 
 
 def float32_model(checkpoint: Checkpoint) -> FamModel:
-    """The checkpoint in float32 with F_0 folded. Where it is large, a layer's weights are in memory only while it runs."""
+    """The checkpoint in float32, F_0 folded. Where it is large, a layer's weights are in memory only while it runs."""
     config = checkpoint.config
     with torch.device("meta"):
         model = FamModel(config).eval()
@@ -153,6 +156,17 @@ def float32_model(checkpoint: Checkpoint) -> FamModel:
     return model
 
 
+def _cost(config: FamConfig, item_bytes: int, logits: str) -> dict[str, int]:
+    """What one row's block step needs at least. An input table that is not also the head is hardly read."""
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    read = config.parameters - looked_up - config.fam_length * config.hidden_size
+    return {
+        "parameters": config.parameters,
+        "flops_per_block": config.block_flops(logits=logits),
+        "weight_bytes_read": read * item_bytes,
+    }
+
+
 def _filler(checkpoint: Checkpoint, owner: str, names: list[str]) -> Callable[[nn.Module], None]:
     def fill(module: nn.Module) -> None:
         for leaf in names:
@@ -170,10 +184,9 @@ def _drop(module: nn.Module, names: list[str]) -> None:
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
     if dtype == torch.float16 and tensor.dtype != dtype and not torch.isfinite(cast).all():
-        raise NumericError(f"{name} does not fit float16 (largest magnitude {tensor.abs().max():.3g}); use bf16 or fp32")
+        raise NumericError(
+            f"{name} does not fit float16 (largest magnitude {tensor.abs().max():.3g}); use bf16 or fp32"
+        )
     if not torch.isfinite(cast).all():
         raise NumericError(f"{name} holds NaN or infinity; the checkpoint is damaged or diverged in training")
     return cast
-
-
-__all__ = ["EMBED_WEIGHT", "Reference", "Source", "checkpoint_source", "float32_model", "module_source"]

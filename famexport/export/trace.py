@@ -19,7 +19,7 @@ from famexport.export.translations import primitive_translations
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Step = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+Step = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # (input, state) -> (logits, state)
 
 # opset -> IR version: the oldest that the opset allows, so that older runtimes load the file
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}

@@ -1,4 +1,4 @@
-"""What a backend is: something that advances one stream's state by one block. The base classes check, backends compute."""
+"""What a backend is: something that advances a stream's state by one block. Base classes check, backends compute."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ STORAGE: dict[str, Any] = {
 def to_public(array: np.ndarray, dtype: str) -> np.ndarray:
     """A copy as users see it: bfloat16 bits become float32, which is exact."""
     if dtype == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.copy()
+        wide: np.ndarray = (array.astype(np.uint32) << 16).view(np.float32)
+        return wide
+    copied: np.ndarray = array.copy()
+    return copied
 
 
 def to_storage(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -38,7 +40,7 @@ def to_storage(array: np.ndarray, dtype: str) -> np.ndarray:
     bits = array.view(np.uint32)
     if np.any(bits & 0xFFFF):
         raise ContractError("a bfloat16 state was given float32 values that bfloat16 cannot hold exactly")
-    return (bits >> 16).astype(np.uint16)
+    return np.asarray(bits >> 16, np.uint16)
 
 
 def check_array(array: object, spec: TensorSpec, batch: int, dtype: Any = None) -> list[str]:

@@ -42,7 +42,8 @@ class Golden:
         from safetensors.numpy import save
 
         arrays = {"inputs": np.stack(self.inputs), "logits": np.stack(self.logits)}
-        return save({**arrays, **{f"state.{name}": array for name, array in self.state.items()}})
+        data: bytes = save({**arrays, **{f"state.{name}": array for name, array in self.state.items()}})
+        return data
 
 
 def condensed(name: str, array: np.ndarray) -> np.ndarray:

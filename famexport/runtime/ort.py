@@ -60,7 +60,9 @@ class OrtCpu(Backend):
         except FamExportError:
             raise
         except Exception as exc:  # onnxruntime raises a class of its own per status code
-            raise IncompatibleError(f"onnxruntime {ort.__version__} cannot load this graph: {_first_line(exc)}") from exc
+            raise IncompatibleError(
+                f"onnxruntime {ort.__version__} cannot load this graph: {_first_line(exc)}"
+            ) from exc
 
     def _open(self, batch: int) -> OrtLoop:
         return OrtLoop(self, batch)
@@ -91,8 +93,8 @@ def map_weights(ort: Any, path: Path, graph: bytes) -> tuple[list[str], list[Any
 
 
 def _view(mapped: np.ndarray, entry: TensorEntry) -> np.ndarray:
-    raw = mapped[entry.offset : entry.offset + entry.nbytes]
-    return raw.view(STORAGE[entry.dtype]).reshape(entry.shape)
+    raw: np.ndarray = mapped[entry.offset : entry.offset + entry.nbytes].view(STORAGE[entry.dtype])
+    return raw.reshape(entry.shape)
 
 
 class OrtLoop(HostLoop):

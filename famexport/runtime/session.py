@@ -86,7 +86,9 @@ def open_backend(bundle: Bundle, name: str, threads: int | None = None) -> Backe
         data = bundle.read(graph.variants.get("ort-cpu", graph.file))
         return OrtCpu(bundle.contract, manifest.precision, data, weights, threads)
     if manifest.config is None or weights is None:
-        raise IncompatibleError("the backend torch runs famexport's own model, and this bundle holds another; use ort-cpu")
+        raise IncompatibleError(
+            "the backend torch runs famexport's own model, and this bundle holds another; use ort-cpu"
+        )
     from famexport.runtime.torch_reference import TorchCpu
 
     return TorchCpu(bundle.contract, manifest.precision, FamConfig.from_dict(manifest.config), weights, threads)

@@ -16,7 +16,7 @@ class Stream:
     """One batch of streams over a loaded step. Use it as a context manager; it holds the only mutable state there is.
 
     A *position* is one row of the inputs: a token, or an embedding where the step takes ``inputs_embeds``.
-    A block is *open* while ``feed`` holds fewer positions than a block has: the state then is that of the block's start.
+    A block is *open* while ``feed`` holds fewer positions than a block has: the state is then that of its start.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -107,7 +107,9 @@ class Stream:
             if bad := [row for row in rows if not 0 <= row < self.batch]:
                 raise ContractError(f"reset: rows {bad} are not in the batch; expected 0 to {self.batch - 1}")
             if self._held:
-                raise ContractError(f"reset: a block is open with {self._held} positions; reset all rows, or complete it")
+                raise ContractError(
+                    f"reset: a block is open with {self._held} positions; reset all rows, or complete it"
+                )
         else:
             self._held = self._given = self.blocks = 0
         loop.zero(rows)
@@ -177,4 +179,6 @@ class Stream:
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.contract.vocab_size:
                 bad = low if low < 0 else high
-                raise ContractError(f"token id {bad} is not in the vocabulary; expected 0 to {self.contract.vocab_size - 1}")
+                raise ContractError(
+                    f"token id {bad} is not in the vocabulary; expected 0 to {self.contract.vocab_size - 1}"
+                )

@@ -1,0 +1,3 @@
+from famexport.cli import main
+
+main()

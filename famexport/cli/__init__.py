@@ -1,0 +1,91 @@
+"""The command line. Each command parses its options, calls one library function and prints what it gives.
+
+Exit codes: 0 fine, 2 usage, 3 invalid or damaged input, 4 untrusted, 5 wrong device or version, 6 numeric, 1 anything
+else. An error is one line; ``--debug`` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from famexport.errors import FamExportError
+
+app = typer.Typer(
+    name="famexport",
+    help="Put a TransformerFAM model on a device: export one block step to ONNX, loop it in constant memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from famexport import __version__
+
+        print(f"famexport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works at any place.")] = False,
+) -> None:
+    pass
+
+
+def _register() -> None:
+    from famexport.cli import look, make, use
+
+    for command in (make.init, make.convert, make.export, use.run, use.bench, use.verify, look.inspect, look.doctor):
+        app.command()(command)
+
+
+_register()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    sys.exit(_run(arguments, debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        app(arguments, standalone_mode=True)
+    except SystemExit as exc:  # Typer's own: help, usage errors, typer.Exit
+        return exc.code if isinstance(exc.code, int) else 0 if exc.code is None else 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains while exiting
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+    except FamExportError as exc:
+        if debug:
+            raise
+        print(f"error: {exc}", file=sys.stderr)
+        return exc.exit_code
+    except MemoryError:
+        if debug:
+            raise
+        print("error: out of memory; use a smaller model, block or batch, or a lower precision", file=sys.stderr)
+        return 1
+    except Exception as exc:
+        if debug:
+            raise
+        first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+        print(f"error: {type(exc).__name__}: {first[:500]} (run again with --debug for the traceback)", file=sys.stderr)
+        return 1
+    return 0

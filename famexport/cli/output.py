@@ -1,0 +1,82 @@
+"""How commands speak: progress and errors on stderr, results on stdout, one JSON object where it was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on stdout."""
+    print(json.dumps(value, sort_keys=True), flush=True)
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """A two-column table of plain values."""
+    table = Table("", "", title=title, show_header=False, title_justify="left")
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), shown(key, value))
+    out.print(table)
+
+
+def shown(key: str, value: Any) -> str:
+    """A value for people: byte counts with a unit, lists and objects in one line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int) and (key.endswith("bytes") or key == "bytes"):
+        return size(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        inner = "bytes" if key == "files" else ""
+        return "\n".join(f"{k}: {shown(inner or k, v)}" for k, v in value.items()) or "-"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "-"
+    return str(value)
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+class Stages:
+    """A progress line per stage, made when the stage first reports."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self._tasks = progress, dict[str, TaskID]()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._progress is None:
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+
+    def one(self, stage: str) -> Any:
+        """A ``(done, total)`` callback for one stage."""
+        return lambda done, total: self(stage, done, total)
+
+
+@contextmanager
+def stages(quiet: bool) -> Iterator[Stages]:
+    """Progress on stderr while the block runs; none where ``quiet`` or stderr is no terminal."""
+    if quiet or not err.is_terminal:
+        yield Stages(None)
+        return
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        yield Stages(progress)

@@ -1,0 +1,57 @@
+"""What this machine has, which backends work on it, and the command that adds what is missing."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from famexport.runtime.process import device_facts
+
+# package -> (extra that installs it, what it is for)
+PARTS = {
+    "onnxruntime": ("cpu", "running bundles on the CPU (backend ort-cpu)"),
+    "tokenizers": ("text", "streaming text rather than token ids"),
+    "torch": ("export", "exporting, and the reference backend torch"),
+    "onnx": ("export", "exporting"),
+    "onnxscript": ("export", "exporting"),
+    "onnx-ir": ("export", "exporting"),
+    "polygraphy": ("export", "comparing and inspecting graphs"),
+    "transformers": ("hf", "converting GGUF files with SentencePiece tokenizers"),
+    "gguf": ("hf", "converting GGUF files"),
+    "huggingface-hub": ("hf", "converting by hub id"),
+}
+
+
+def examine() -> dict[str, Any]:
+    """Machine, packages and backends; each missing thing with the command that adds it."""
+    packages = []
+    for name, (extra, purpose) in PARTS.items():
+        try:
+            packages.append({"package": name, "version": version(name), "purpose": purpose, "add": None})
+        except PackageNotFoundError:
+            add = f"pip install 'famexport[{extra}]'"
+            packages.append({"package": name, "version": None, "purpose": purpose, "add": add})
+    backends = [_ort_cpu(), _torch()]
+    return {"device": device_facts(), "packages": packages, "backends": backends}
+
+
+def _ort_cpu() -> dict[str, Any]:
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        return _backend("ort-cpu", False, f"{exc}", "pip install 'famexport[cpu]'")
+    if "CPUExecutionProvider" not in onnxruntime.get_available_providers():
+        return _backend("ort-cpu", False, f"onnxruntime {onnxruntime.__version__} has no CPU provider", None)
+    return _backend("ort-cpu", True, f"onnxruntime {onnxruntime.__version__}", None)
+
+
+def _torch() -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError as exc:
+        return _backend("torch", False, f"{exc}", "pip install 'famexport[export]'")
+    return _backend("torch", True, f"torch {torch.__version__}, on the CPU", None)
+
+
+def _backend(name: str, works: bool, detail: str, add: str | None) -> dict[str, Any]:
+    return {"backend": name, "works": works, "detail": detail, "add": add}

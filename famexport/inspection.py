@@ -1,0 +1,121 @@
+"""What a path is: a checkpoint, a bundle, a graph or a weight file; what it needs, and whether it can run here."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from famexport.bundle import open_bundle
+from famexport.contract import METADATA_KEY
+from famexport.errors import InvalidInputError, UsageError
+from famexport.manifest import MANIFEST
+from famexport.onnx_wire import graph_facts
+from famexport.tensorfile import read_header
+
+_MAX_GRAPH_BYTES = 2**31 - 1
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Facts about ``path``, as plain values; ``kind`` says what it is.
+
+    Raises:
+        UsageError: no such path.
+        InvalidInputError: damaged, or nothing famexport knows.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"no such path: {path}")
+    if path.is_dir():
+        if (path / MANIFEST).exists():
+            return _bundle(path)
+        if (path / "config.json").exists():
+            return _checkpoint(path)
+        raise InvalidInputError(f"{path} holds neither {MANIFEST} (a bundle) nor config.json (a checkpoint)")
+    if path.suffix == ".onnx":
+        return _graph(path)
+    if path.suffix == ".safetensors":
+        return _weights(path)
+    raise InvalidInputError(f"{path} is not a bundle, a checkpoint, an .onnx or a .safetensors file")
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    bundle = open_bundle(path)
+    m, contract = bundle.manifest, bundle.contract
+    runnable = {"ort-cpu": find_spec("onnxruntime") is not None}
+    runnable["torch"] = m.config is not None and find_spec("torch") is not None
+    parity = m.parity
+    return {
+        "kind": "bundle",
+        "id": bundle.id,
+        "precision": m.precision,
+        "opset": m.opset,
+        "ir_version": m.ir_version,
+        "block_size": contract.block_size,
+        "memory_segments": contract.memory_segments,
+        "fam_length": contract.fam_length,
+        "fam_trained": m.fam_trained,
+        "vocab_size": contract.vocab_size,
+        "batch": contract.batch,
+        "logits": contract.logits,
+        "inputs": [str(spec) for spec in contract.inputs],
+        "states": len(contract.states),
+        "state_bytes": contract.state_bytes(),
+        "graphs": {name: [g.file, *g.variants.values()] for name, g in m.graphs.items()},
+        "files": {name: entry.bytes for name, entry in m.files.items()},
+        "parity": {
+            "blocks": parity.get("blocks"),
+            "logits_error": max(parity.get("logits_error") or [0.0]),
+            "state_error": max(parity.get("state_error") or [0.0]),
+            "tolerance": parity.get("tolerance"),
+            "argmax_agreement": parity.get("argmax_agreement"),
+            "fam_growth": parity.get("fam_growth"),
+        },
+        "versions": m.versions,
+        "runs_here": [name for name, here in runnable.items() if here],
+    }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    if find_spec("torch") is None:
+        raise InvalidInputError(f"{path} is a checkpoint; reading one needs: pip install 'famexport[export]'")
+    from famexport.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    return {
+        "kind": "checkpoint",
+        "parameters": config.parameters,
+        "dtype": checkpoint.dtype,
+        "bytes": sum(entry.nbytes for entry in checkpoint.tensors.values()),
+        "fam_trained": checkpoint.fam_trained,
+        "tokenizer": checkpoint.tokenizer is not None,
+        "flops_per_block": config.block_flops(),
+        "config": config.to_dict(),
+        "next": f"famexport export {path} -o BUNDLE",
+    }
+
+
+def _graph(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_GRAPH_BYTES:
+        raise InvalidInputError(f"{path} has {path.stat().st_size} bytes; an ONNX file has at most {_MAX_GRAPH_BYTES}")
+    facts = graph_facts(path.read_bytes())
+    return {
+        "kind": "graph",
+        "opset": facts.opset,
+        "ir_version": facts.ir_version,
+        "operators": sorted(facts.op_types),
+        "external_files": sorted({e.location for e in facts.external}),
+        "step_contract": METADATA_KEY in facts.metadata,
+        "metadata": {key: value for key, value in facts.metadata.items() if key != METADATA_KEY},
+    }
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    entries = read_header(path)
+    return {
+        "kind": "weights",
+        "tensors": len(entries),
+        "bytes": sum(entry.nbytes for entry in entries.values()),
+        "dtypes": sorted({entry.dtype for entry in entries.values()}),
+    }

@@ -1,0 +1,39 @@
+"""From a file or stdin to checked token ids: text through the bundle's tokenizer, or ids as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from famexport.bundle import Bundle
+from famexport.errors import UsageError
+from famexport.text import check_tokens, open_tokenizer, read_text, read_token_ids, stream_tokens
+
+
+def token_source(bundle: Bundle, source: Path | IO[bytes], *, as_tokens: bool = False) -> Iterator[np.ndarray]:
+    """Token ids int64 [n] of ``source``, in pieces, in memory that does not grow.
+
+    A ``.npy`` file is token ids; so is everything where ``as_tokens`` or where the bundle has no tokenizer.
+
+    Raises:
+        UsageError: no such file.
+        InvalidInputError: not text, not ids, or ids outside the vocabulary.
+    """
+    if isinstance(source, Path) and not source.is_file():
+        raise UsageError(f"no such file: {source}")
+    name = bundle.manifest.tokenizer
+    ids_given = as_tokens or name is None or (isinstance(source, Path) and source.suffix == ".npy")
+    pieces = read_token_ids(source) if ids_given else _text_ids(bundle.file(str(name)), source)
+    at = 0
+    for ids in pieces:
+        check_tokens(ids, bundle.contract.vocab_size, at)
+        at += len(ids)
+        yield ids
+
+
+def _text_ids(tokenizer_file: Path, source: Path | IO[bytes]) -> Iterator[np.ndarray]:
+    tokenizer = open_tokenizer(tokenizer_file)
+    yield from stream_tokens(tokenizer, read_text(source))

@@ -1,0 +1,154 @@
+"""Stream token ids through a session and score them: loss, latency per block, memory. What ``famexport run`` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from famexport.errors import InvalidInputError, UsageError
+from famexport.runtime.process import rss_bytes
+from famexport.runtime.session import Session
+from famexport.runtime.stream import Stream
+
+_ROWS = 16  # of logits whose exponentials are in memory at once
+
+
+@dataclass
+class RunReport:
+    """Figures of one run. ``loss`` is in nats per token, over every token but the first; latency is per whole block."""
+
+    backend: str
+    precision: str
+    block_size: int
+    tokens: int = 0
+    blocks: int = 0
+    loss: float | None = None
+    tokens_per_s: float = 0.0
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    state_bytes: int = 0
+    rss_bytes: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def percentiles(samples: list[float]) -> dict[str, float]:
+    """p50, p90, p99 and max of ``samples``, in their unit; empty where there are none."""
+    if not samples:
+        return {}
+    p50, p90, p99 = np.percentile(samples, (50, 90, 99))
+    return {"p50": float(p50), "p90": float(p90), "p99": float(p99), "max": max(samples)}
+
+
+def log_probabilities(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """log softmax(logits)[i, targets[i]]: logits [n, V], targets [n] -> float64 [n], a few rows at a time."""
+    result = np.empty(len(targets))
+    for start in range(0, len(targets), _ROWS):
+        rows = logits[start : start + _ROWS]
+        top = rows.max(-1, keepdims=True)
+        total = np.log(np.exp(rows - top).sum(-1, dtype=np.float64))
+        chosen = rows[np.arange(len(rows)), targets[start : start + _ROWS]]
+        result[start : start + _ROWS] = (chosen - top[:, 0]) - total
+    return result
+
+
+def run_tokens(
+    session: Session,
+    ids: Iterable[np.ndarray],
+    *,
+    scores: Callable[[bytes], None] | None = None,
+    progress: Callable[[RunReport], None] | None = None,
+) -> RunReport:
+    """Stream ``ids`` of any length in constant memory.
+
+    Args:
+        ids: int64 arrays [n], of any lengths.
+        scores: appends bytes: a line per token, its log-probability given all before it; the first is ``nan``.
+        progress: called after every block with the figures so far.
+    Raises:
+        UsageError: the bundle cannot be run on one row of tokens, or gives too few logits for scores.
+        InvalidInputError: no tokens at all.
+    """
+    contract = session.contract
+    if contract.inputs[0].name != "tokens":
+        raise UsageError(f"this bundle takes {contract.inputs[0]}, not tokens; drive it from Python")
+    if contract.batch not in (1, "dynamic"):
+        raise UsageError(f"run streams one row, this bundle has a batch of {contract.batch}; export with --batch 1")
+    if scores is not None and contract.logits != "all":
+        raise UsageError("scores need the logits of every token; export with --logits all")
+    report = RunReport(session.backend.name, session.backend.precision, contract.block_size)
+    report.state_bytes = contract.state_bytes()
+    scorer = _Scorer(scores) if contract.logits == "all" else None
+    seconds: list[float] = []
+    started = time.perf_counter()
+    with session.stream() as stream:
+        for block, logits, elapsed in _timed_blocks(stream, ids):
+            if elapsed is not None:
+                seconds.append(elapsed)
+                report.blocks += 1
+            report.tokens += len(block)
+            if scorer:
+                scorer.add(block, logits)
+                report.loss = scorer.loss
+            report.tokens_per_s = report.tokens / (time.perf_counter() - started)
+            now = rss_bytes()
+            report.rss_bytes = {"first": report.rss_bytes.get("first", now), "last": now}
+            report.rss_bytes["max"] = max(report.rss_bytes.get("max", 0), now)
+            if progress:
+                progress(report)
+    if not report.tokens:
+        raise InvalidInputError("the input is empty; expected at least one token")
+    report.latency_ms = {name: value * 1e3 for name, value in percentiles(seconds).items()}
+    return report
+
+
+def _timed_blocks(stream: Stream, ids: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, float | None]]:
+    """(tokens, their logits, seconds of the step); the last, incomplete block has no time: it is no block's latency."""
+    size = stream.contract.block_size
+    out = np.empty(stream.contract.outputs[0].sized(1), np.float32)
+    block, held = np.zeros((1, size), np.int64), 0
+    for piece in ids:
+        at = 0
+        while at < len(piece):
+            n = min(size - held, len(piece) - at)
+            block[0, held : held + n] = piece[at : at + n]
+            held, at = held + n, at + n
+            if held == size:
+                start = time.perf_counter()
+                stream.step(block, out)
+                yield block[0], out[0], time.perf_counter() - start
+                held = 0
+    if held:
+        for logits in stream.feed([block[:, :held]], out):
+            yield block[0, :held], logits[0], None
+        if stream.contract.logits != "all":
+            yield block[0, :held], out[0, :0], None
+
+
+class _Scorer:
+    """Scores each token by the logits of the one before it, across blocks."""
+
+    def __init__(self, write: Callable[[bytes], None] | None) -> None:
+        self._write = write
+        self._before: np.ndarray | None = None  # the last logits of the block before
+        self._total, self._count = 0.0, 0
+
+    @property
+    def loss(self) -> float | None:
+        return -self._total / self._count if self._count else None
+
+    def add(self, tokens: np.ndarray, logits: np.ndarray) -> None:
+        parts = [log_probabilities(logits[:-1], tokens[1:])]
+        if self._before is not None:
+            parts.insert(0, log_probabilities(self._before, tokens[:1]))
+        scored = np.concatenate(parts)
+        if self._write is not None:
+            lines = [] if self._before is not None else ["nan\n"]
+            self._write("".join([*lines, *(f"{value:.6f}\n" for value in scored)]).encode())
+        self._total += float(scored.sum())
+        self._count += len(scored)
+        self._before = logits[-1:].copy()

@@ -1,0 +1,46 @@
+"""What ``famexport verify`` does: files, contract, and the golden rollout on this device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from famexport.bundle import open_bundle
+from famexport.errors import BundleError
+from famexport.runtime.golden import replay
+from famexport.runtime.session import load
+
+
+def verify(
+    path: str | Path, backend: str = "auto", *, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Check a bundle from its bytes to its behaviour on this device.
+
+    Returns:
+        what was checked and measured, as plain values.
+    Raises:
+        BundleError: damaged, or without a golden rollout.
+        ParityError: this device computes something else than the recording says.
+        IncompatibleError, MissingDependencyError: the backend cannot run it here.
+    """
+    bundle = open_bundle(path, progress=progress)
+    manifest = bundle.manifest
+    if manifest.golden is None:
+        raise BundleError(f"{path} has no golden rollout; export it again with this version of famexport")
+    batch = int(manifest.parity["batch"]) if bundle.contract.batch == "dynamic" else None
+    with load(bundle, backend) as session:
+        loop = session.backend.open(batch)
+        result = replay(bundle.read(manifest.golden), loop, float(manifest.parity["tolerance"]))
+        loop.close()
+        info = session.info
+    return {
+        "bundle": str(path),
+        **info,
+        "files": len(manifest.files),
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "golden_blocks": result.blocks,
+        "logits_error": max(result.logits_error),
+        "state_error": result.state_error,
+        "tolerance": result.tolerance,
+    }
