@@ -38,7 +38,7 @@ def examine() -> dict[str, Any]:
 def _ort_cpu() -> dict[str, Any]:
     try:
         import onnxruntime
-    except ImportError as exc:
+    except (ImportError, OSError) as exc:  # OSError: a shared library of its own is missing
         return _backend("ort-cpu", False, f"{exc}", "pip install 'famexport[cpu]'")
     if "CPUExecutionProvider" not in onnxruntime.get_available_providers():
         return _backend("ort-cpu", False, f"onnxruntime {onnxruntime.__version__} has no CPU provider", None)
@@ -48,7 +48,7 @@ def _ort_cpu() -> dict[str, Any]:
 def _torch() -> dict[str, Any]:
     try:
         import torch
-    except ImportError as exc:
+    except (ImportError, OSError) as exc:
         return _backend("torch", False, f"{exc}", "pip install 'famexport[export]'")
     return _backend("torch", True, f"torch {torch.__version__}, on the CPU", None)
 

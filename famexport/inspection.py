@@ -8,7 +8,7 @@ from typing import Any
 
 from famexport.bundle import open_bundle
 from famexport.contract import METADATA_KEY
-from famexport.errors import InvalidInputError, UsageError
+from famexport.errors import InvalidInputError, MissingDependencyError, UsageError
 from famexport.manifest import MANIFEST
 from famexport.onnx_wire import graph_facts
 from famexport.tensorfile import read_header
@@ -78,7 +78,7 @@ def _bundle(path: Path) -> dict[str, Any]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     if find_spec("torch") is None:
-        raise InvalidInputError(f"{path} is a checkpoint; reading one needs: pip install 'famexport[export]'")
+        raise MissingDependencyError("torch", "export", f"reading the checkpoint {path}")
     from famexport.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)

@@ -87,6 +87,7 @@ def write_tensors(
                 )
             placed[t.name] = TensorEntry(t.name, t.dtype, t.shape, file.tell())
             file.write(data)
+            del data  # else it stays in memory beside the next
             if progress:
                 progress(file.tell() - start, total)
     return placed

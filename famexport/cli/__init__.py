@@ -12,8 +12,9 @@ from typing import Annotated
 
 import typer
 
-from famexport.errors import FamExportError
+from famexport.errors import FamExportError, MissingDependencyError
 
+_INTERRUPTED = 130
 app = typer.Typer(
     name="famexport",
     help="Put a TransformerFAM model on a device: export one block step to ONNX, loop it in constant memory.",
@@ -61,22 +62,35 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(_run(arguments, debug))
 
 
+def _say(error: FamExportError) -> int:
+    print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+    return error.exit_code
+
+
+def _missing_package(exc: Exception) -> MissingDependencyError | None:
+    """What makes artifacts imports its packages without asking first; a device need not have them."""
+    from famexport.doctor import PARTS
+
+    package = (getattr(exc, "name", None) or "").partition(".")[0].replace("_", "-")
+    if not isinstance(exc, ImportError) or package not in PARTS:
+        return None
+    return MissingDependencyError(package, PARTS[package][0], "this command")
+
+
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         app(arguments, standalone_mode=True)
     except SystemExit as exc:  # Typer's own: help, usage errors, typer.Exit
+        if exc.code == _INTERRUPTED:  # Typer turns Ctrl-C into this code, and says nothing
+            print("interrupted; nothing was left half-written", file=sys.stderr)
         return exc.code if isinstance(exc.code, int) else 0 if exc.code is None else 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains while exiting
         return 0
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left half-written", file=sys.stderr)
-        return 130
     except FamExportError as exc:
         if debug:
             raise
-        print(f"error: {exc}", file=sys.stderr)
-        return exc.exit_code
+        return _say(exc)
     except MemoryError:
         if debug:
             raise
@@ -85,6 +99,8 @@ def _run(arguments: list[str], debug: bool) -> int:
     except Exception as exc:
         if debug:
             raise
+        if missing := _missing_package(exc):
+            return _say(missing)
         first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         print(f"error: {type(exc).__name__}: {first[:500]} (run again with --debug for the traceback)", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from famexport.cli import options as opt
 from famexport.cli.output import out, print_facts, print_json, size
@@ -40,11 +40,12 @@ def doctor(json: opt.Json = False) -> None:
         f"Python {device['python']}",
         markup=False,
     )
-    table = Table("backend", "works", "detail", "to add it")
+    command = Column("to add it", no_wrap=True)  # it is there to be copied
+    table = Table("backend", "works", "detail", command)
     for backend in found["backends"]:
         table.add_row(backend["backend"], "yes" if backend["works"] else "no", backend["detail"], backend["add"] or "")
     out.print(table)
-    table = Table("package", "version", "for", "to add it")
+    table = Table("package", "version", "for", command.copy())
     for package in found["packages"]:
         table.add_row(package["package"], package["version"] or "-", package["purpose"], package["add"] or "")
     out.print(table)

@@ -36,7 +36,7 @@ def init(
     config = find_preset(preset, **{key: value for key, value in changes.items() if value is not None})
     from famexport.checkpoint import init_checkpoint
 
-    with stages(quiet or json) as report:
+    with stages(quiet) as report:
         init_checkpoint(output, config, seed=seed, dtype=dtype.value, progress=report.one("weights"))
     _say_checkpoint(output, quiet, json)
 
@@ -57,7 +57,7 @@ def convert(
     """Make a checkpoint of a Llama, Mistral, Qwen2 or Qwen3 model."""
     from famexport.convert import convert as convert_source
 
-    with stages(quiet or json) as report, warnings.catch_warnings(record=True) as notes:
+    with stages(quiet) as report, warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", UserWarning)
         convert_source(
             source,
@@ -113,7 +113,7 @@ def export(
         raise UsageError(f"--batch must be a positive number or 'dynamic', got {batch!r}")
     from famexport.export.pipeline import export_bundle
 
-    with stages(quiet or json) as report:
+    with stages(quiet) as report:
         bundle = export_bundle(
             checkpoint,
             output,

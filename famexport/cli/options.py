@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report.")]
+Json = Annotated[bool, typer.Option("--json", help="The result on stdout as one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads for one operator.", min=1, show_default="the backend's choice")
 ]

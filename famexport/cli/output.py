@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
-err = Console(stderr=True, soft_wrap=True, highlight=False)
-out = Console(soft_wrap=True, highlight=False)
+# Without markup: "famexport[cpu]", "[batch, 8]" and paths with brackets are printed as they are
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
@@ -22,7 +23,8 @@ def print_json(value: Any) -> None:
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     """A two-column table of plain values."""
-    table = Table("", "", title=title, show_header=False, title_justify="left")
+    columns = Column(), Column(overflow="fold")  # folded, not cut: an id is there to be copied
+    table = Table(*columns, title=title, show_header=False, title_justify="left")
     for key, value in facts.items():
         table.add_row(key.replace("_", " "), shown(key, value))
     out.print(table)

@@ -43,7 +43,7 @@ def run(
     with load(bundle, backend, threads=threads) as session, staged_file(scores) if scores else nullcontext() as write:
         source = sys.stdin.buffer if input == "-" else Path(input)
         ids = token_source(session.bundle, source, as_tokens=tokens)
-        live = None if quiet or json or not err.is_terminal else Live(console=err, transient=True, refresh_per_second=4)
+        live = None if quiet or not err.is_terminal else Live(console=err, transient=True, refresh_per_second=4)
 
         def show(report: RunReport) -> None:
             if live:
@@ -130,7 +130,7 @@ def verify(
     """Check hashes and contract, then replay the golden rollout on this device."""
     from famexport.runtime.selftest import verify as verify_bundle
 
-    with stages(quiet or json) as report:
+    with stages(quiet) as report:
         facts = verify_bundle(bundle, backend, progress=report.one("hashes"))
     if json:
         print_json({"ok": True, **facts})

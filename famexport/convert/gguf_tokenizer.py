@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from famexport.convert.gguf_file import GGUFFile
@@ -149,7 +151,11 @@ def _sentencepiece(file: GGUFFile) -> Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        loaded: Any = AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+        with tempfile.TemporaryDirectory() as alone:  # it would also read a config.json next to the file
+            (Path(alone) / "model.gguf").symlink_to(file.path.resolve())
+            loaded: Any = AutoTokenizer.from_pretrained(
+                alone, gguf_file="model.gguf", local_files_only=True, trust_remote_code=False
+            )
         tokenizer: Tokenizer = loaded.backend_tokenizer
         return tokenizer
     except Exception as exc:  # whatever an optional conversion runs into, the weights still convert

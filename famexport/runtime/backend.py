@@ -33,13 +33,13 @@ def to_public(array: np.ndarray, dtype: str) -> np.ndarray:
     return copied
 
 
-def to_storage(array: np.ndarray, dtype: str) -> np.ndarray:
+def to_storage(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
     """The inverse of ``to_public``. float32 values that bfloat16 cannot hold are an error, not a rounding."""
-    if dtype != "bfloat16":
+    if spec.dtype != "bfloat16":
         return array
     bits = array.view(np.uint32)
     if np.any(bits & 0xFFFF):
-        raise ContractError("a bfloat16 state was given float32 values that bfloat16 cannot hold exactly")
+        raise ContractError(f"{spec.name} is a bfloat16 state; it was given float32 values that bfloat16 cannot hold")
     return np.asarray(bits >> 16, np.uint16)
 
 

@@ -22,7 +22,7 @@ def token_source(bundle: Bundle, source: Path | IO[bytes], *, as_tokens: bool = 
         UsageError: no such file.
         InvalidInputError: not text, not ids, or ids outside the vocabulary.
     """
-    if isinstance(source, Path) and not source.is_file():
+    if isinstance(source, Path) and not source.exists():  # a pipe will do; a directory is refused where it is read
         raise UsageError(f"no such file: {source}")
     name = bundle.manifest.tokenizer
     ids_given = as_tokens or name is None or (isinstance(source, Path) and source.suffix == ".npy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class OrtCpu(Backend):
         self._weights: list[Any] = []
         try:
             if weights is not None:
-                names, self._weights = map_weights(ort, weights, graph)
+                mapped = np.memmap(weights, np.uint8, mode="r")
+                names, self._weights = map_weights(ort, mapped, weights, graph)
                 options.add_external_initializers(names, self._weights)
             self.session = ort.InferenceSession(
                 graph, options, providers=[self.provider], disabled_optimizers=disabled or None
@@ -72,8 +74,8 @@ class OrtCpu(Backend):
         self._weights.clear()
 
 
-def map_weights(ort: Any, path: Path, graph: bytes) -> tuple[list[str], list[Any]]:
-    """The weights that ``graph`` refers to, as OrtValues over the mapped file: no copy, shared by every session.
+def map_weights(ort: Any, mapped: np.ndarray, path: Path, graph: bytes) -> tuple[list[str], list[Any]]:
+    """The weights that ``graph`` refers to, as OrtValues over the mapped file ``path``: no copy.
 
     Raises:
         BundleError: the graph's offsets are not the file's.
@@ -81,7 +83,6 @@ def map_weights(ort: Any, path: Path, graph: bytes) -> tuple[list[str], list[Any
     from famexport.onnx_wire import graph_facts
 
     header = read_header(path)
-    mapped = np.memmap(path, np.uint8, mode="r")
     names, values = [], []
     for name, (location, offset, length) in graph_facts(graph).external_initializers.items():
         entry = header.get(name)
@@ -103,6 +104,7 @@ class OrtLoop(HostLoop):
     def __init__(self, backend: OrtCpu, batch: int) -> None:
         super().__init__(backend.contract, batch)
         self._session = backend.session
+        self._weights = list(backend._weights)  # onnxruntime wants them alive as long as its session
         spec = self.contract.inputs[0]
         self._fed = np.zeros(spec.sized(batch), STORAGE[spec.dtype])
         self._logits_shape = list(self.contract.outputs[0].sized(batch))

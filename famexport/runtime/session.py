@@ -23,6 +23,7 @@ class Session:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend = bundle, backend
         self.contract: StepContract = backend.contract
+        self._closed = False
 
     @property
     def info(self) -> dict[str, Any]:
@@ -38,10 +39,15 @@ class Session:
 
     def stream(self, batch: int | None = None) -> Stream:
         """A fresh stream. ``batch`` is given only where the bundle was exported with a dynamic batch."""
+        if self._closed:
+            raise UsageError("the session is closed; load the bundle again with famexport.load()")
         return Stream(self.backend.open(batch))
 
     def close(self) -> None:
-        self.backend.close()
+        """Open no more streams; those that are open go on. Closing twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.backend.close()
 
     def __enter__(self) -> Session:
         return self

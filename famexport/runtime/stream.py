@@ -47,12 +47,8 @@ class Stream:
                 f"feed holds {self._held} of {self.contract.block_size} positions of an open block; "
                 "complete it with feed, or call reset, before step"
             )
-        inputs = inputs if isinstance(inputs, np.ndarray) else np.asarray(inputs)
-        problems = check_array(inputs, self._fed_spec, self.batch)
-        if out is not None:
-            problems += check_array(out, self._logits_spec, self.batch)
-            if not problems and not out.flags.writeable:
-                problems.append("out is read-only")
+        inputs = self._array(inputs)
+        problems = check_array(inputs, self._fed_spec, self.batch) + self._out_problems(out)
         raise_problems(ContractError, "step", problems)
         self._check_ids(inputs)
         out = self._new_logits() if out is None else out
@@ -69,14 +65,14 @@ class Stream:
             pieces: integer token ids [n] (where b = 1) or [b, n], or embeddings [b, n, D].
             out: a logits buffer as in ``step``. Each array yielded is then a view of it, good until the next.
         """
-        loop = self._live()
-        if out is not None:
-            raise_problems(ContractError, "feed", check_array(out, self._logits_spec, self.batch))
+        self._live()
+        raise_problems(ContractError, "feed", self._out_problems(out))
         size = self.contract.block_size
         for piece in pieces:
             rows = self._piece(piece)
             at = 0
             while at < rows.shape[1]:
+                loop = self._live()  # the stream may have been closed while the caller held an array
                 n = min(size - self._held, rows.shape[1] - at)
                 self._open[:, self._held : self._held + n] = rows[:, at : at + n]
                 self._held, at = self._held + n, at + n
@@ -86,7 +82,7 @@ class Stream:
                     given, self._held, self._given = self._given, 0, 0
                     yield logits[:, given:] if self.contract.logits == "all" else logits
         if self._held > self._given and self.contract.logits == "all":
-            yield self._peek(loop, out)
+            yield self._peek(self._live(), out)
 
     def _peek(self, loop: Loop, out: np.ndarray | None) -> np.ndarray:
         """Logits of the open block's positions not given yet: causal, so what pads the block cannot reach them."""
@@ -104,7 +100,9 @@ class Stream:
         """
         loop = self._live()
         if rows is not None:
-            if bad := [row for row in rows if not 0 <= row < self.batch]:
+            rows = list(rows)
+            kinds = (int, np.integer)  # a list of bools would be taken for a mask
+            if bad := [r for r in rows if not isinstance(r, kinds) or isinstance(r, bool) or not 0 <= r < self.batch]:
                 raise ContractError(f"reset: rows {bad} are not in the batch; expected 0 to {self.batch - 1}")
             if self._held:
                 raise ContractError(
@@ -128,7 +126,7 @@ class Stream:
         """
         loop = self._live()
         raise_problems(ContractError, "load_state", loop.state_problems(state))
-        loop.write({s.name: to_storage(state[s.name], s.dtype) for s in self.contract.states})
+        loop.write({s.name: to_storage(state[s.name], s) for s in self.contract.states})
         self._held = self._given = 0
 
     def close(self) -> None:
@@ -157,14 +155,26 @@ class Stream:
     def _new_logits(self) -> np.ndarray:
         return np.empty(self._logits_spec.sized(self.batch), np.float32)
 
+    def _out_problems(self, out: np.ndarray | None) -> list[str]:
+        if out is None:
+            return []
+        found = check_array(out, self._logits_spec, self.batch)
+        return found or ([] if out.flags.writeable else ["logits: out is read-only"])
+
+    def _array(self, value: object) -> np.ndarray:
+        try:
+            return np.asarray(value)
+        except (TypeError, ValueError) as exc:
+            raise ContractError(f"{self._fed_spec.name} is {type(value).__name__} that is no array: {exc}") from exc
+
     def _piece(self, piece: np.ndarray) -> np.ndarray:
         """A piece for ``feed`` as [b, n] or [b, n, D], checked."""
         spec = self._fed_spec
-        rows = np.asarray(piece)
+        rows = self._array(piece)
         if spec.dtype == "int64" and rows.ndim == 1 and self.batch == 1:
             rows = rows[None]
         kind_ok = np.issubdtype(rows.dtype, np.integer) if spec.dtype == "int64" else rows.dtype == STORAGE[spec.dtype]
-        if rows.size == 0 and rows.ndim == 2:
+        if rows.shape == (self.batch, 0):  # no positions: an empty list has no dtype of its own
             return rows.astype(np.int64)
         wanted = spec.sized(self.batch)
         shape_ok = rows.ndim == len(wanted) and rows.shape[0] == wanted[0] and rows.shape[2:] == wanted[2:]

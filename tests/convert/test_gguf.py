@@ -39,10 +39,11 @@ def test_weights_and_logits_are_those_of_the_original(family, tmp_path, make_mod
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_weights_are_those_that_transformers_reads(family, kind, tmp_path, make_model, write_gguf):
-    pytest.importorskip("accelerate", reason="transformers reads GGUF files only with accelerate installed")
+def test_weights_are_those_that_transformers_reads(family, kind, tmp_path, make_model, write_gguf, monkeypatch):
     import transformers
 
+    # It asks for accelerate before it reads a GGUF file, and needs it only to spread a model over devices.
+    monkeypatch.setattr(transformers.modeling_utils, "is_accelerate_available", lambda *_: True)
     options = {"head_dim": 128} if family == "qwen3" else {}  # theirs does not read attention.key_length
     write_gguf(tmp_path / "m.gguf", make_model(family, **options), family, kind)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
@@ -241,12 +242,12 @@ def test_bit_flips_in_the_header_give_typed_errors_or_a_checkpoint(tmp_path, mak
     whole, header = path.read_bytes(), min(t.offset for t in read_gguf(path).tensors.values())
     rng = random.Random(1)
     refused = 0
-    for _ in range(250):
+    for _ in range(150):
         data = bytearray(whole)
         data[rng.randrange(header)] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         refused += _typed_or_fine(path)
-    assert refused > 100
+    assert refused > 60
 
 
 @pytest.mark.parametrize("item", [0, 4, 8, 9, 12])
