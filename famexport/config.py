@@ -74,7 +74,7 @@ class FamConfig:
                 found.append(f"{name} must be an integer of 0 or more, got {getattr(self, name)!r}")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
                 found.append(f"{name} must be a positive number, got {value!r}")
         choices = {
             "fam_query_position": ("current", "previous"),
@@ -86,6 +86,9 @@ class FamConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 found.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ["gated_mlp", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tie_word_embeddings"]:
+            if not isinstance(getattr(self, name), bool):  # the text "false" would count as true
+                found.append(f"{name} must be true or false, got {getattr(self, name)!r}")
         if found:
             return found  # the rules below need sound fields
         if self.num_attention_heads % self.num_key_value_heads:

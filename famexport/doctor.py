@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from famexport.errors import MissingDependencyError
+from famexport.runtime.ort import import_onnxruntime
 from famexport.runtime.process import device_facts
 
 # package -> (extra that installs it, what it is for)
@@ -37,9 +39,9 @@ def examine() -> dict[str, Any]:
 
 def _ort_cpu() -> dict[str, Any]:
     try:
-        import onnxruntime
-    except (ImportError, OSError) as exc:  # OSError: a shared library of its own is missing
-        return _backend("ort-cpu", False, f"{exc}", "pip install 'famexport[cpu]'")
+        onnxruntime = import_onnxruntime()
+    except (MissingDependencyError, OSError) as exc:  # OSError: a shared library of its own is missing
+        return _backend("ort-cpu", False, f"{exc.__cause__ or exc}", "pip install 'famexport[cpu]'")
     if "CPUExecutionProvider" not in onnxruntime.get_available_providers():
         return _backend("ort-cpu", False, f"onnxruntime {onnxruntime.__version__} has no CPU provider", None)
     return _backend("ort-cpu", True, f"onnxruntime {onnxruntime.__version__}", None)

@@ -80,13 +80,13 @@ def write_tensors(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in ordered:
-            data = memoryview(load(t.name)).cast("B")
+            data = memoryview(load(t.name))
             if data.nbytes != t.nbytes:
                 raise InvalidInputError(
                     f"{t.name}: got {data.nbytes} bytes, expected {t.nbytes} for {t.dtype} {t.shape}"
                 )
             placed[t.name] = TensorEntry(t.name, t.dtype, t.shape, file.tell())
-            file.write(data)
+            file.write(data.cast("B") if data.nbytes else b"")  # an empty view cannot be cast
             del data  # else it stays in memory beside the next
             if progress:
                 progress(file.tell() - start, total)
@@ -128,7 +128,7 @@ def _entry(name: str, info: Mapping[str, Any], base: int) -> TensorEntry:
     begin, end = info["data_offsets"]
     if info["dtype"] not in _DTYPES:
         raise ValueError(f"{name} has dtype {info['dtype']}, supported are {sorted(_DTYPES)}")
-    if any(not isinstance(n, int) or n < 0 for n in (*shape, begin, end)):
+    if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
         raise ValueError(f"{name} has a bad shape or offset")
     entry = TensorEntry(name, _DTYPES[info["dtype"]], shape, base + begin)
     if end - begin != entry.nbytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +102,20 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def sessions(bundles: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """A loaded session over the bundle ``name``, one thread, shared by all tests: open streams on it, do not close it."""
+    import famexport as fx
+
+    made: dict[tuple[str, str], Any] = {}
+
+    def get(name: str, backend: str = "ort-cpu") -> Any:
+        if (name, backend) not in made:
+            made[name, backend] = fx.load(bundles(name), backend, threads=1)
+        return made[name, backend]
+
+    yield get
+    for session in made.values():
+        session.close()

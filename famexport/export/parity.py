@@ -6,17 +6,20 @@ the export fails; nothing is published.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from famexport.contract import StepContract
 from famexport.errors import ParityError
 from famexport.export.source import Reference
-from famexport.runtime.backend import STORAGE, Arrays, Loop, to_public
+from famexport.runtime.backend import STORAGE, Loop, to_public
 from famexport.runtime.golden import GOLDEN_BLOCKS, Golden, relative_error
 
 # Largest relative error ||a - b|| / ||b|| of one block's logits or of one state tensor, by precision
@@ -73,12 +76,19 @@ def check_parity(
     blocks: int,
     tolerance: float,
     seed: int = 0,
+    release: Callable[[], None] = lambda: None,
+    folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Parity, Golden]:
-    """Run ``loop`` and ``reference`` side by side over random input and compare logits and state after every block.
+    """Run ``loop``, then ``reference``, over the same random input, and compare logits and state after every block.
 
-    Where the batch has several rows, the last is reset a third of the way through, so that rows are out of step.
+    One after the other, with the loop's results in an unnamed temporary file between: a large model's two steps would
+    not fit in memory together. Where the batch has several rows, the last is reset a third of the way through, so that
+    rows are out of step.
 
+    Args:
+        release: called when ``loop`` has done its part, to give back its memory.
+        folder: where the temporary file goes.
     Returns:
         the measured curves, and the reference's first blocks as a golden rollout.
     Raises:
@@ -86,35 +96,41 @@ def check_parity(
     """
     contract, batch = loop.contract, loop.batch
     report = Parity(blocks, batch, tolerance, seed)
-    rng = np.random.default_rng(seed)
-    out = np.empty(contract.outputs[0].sized(batch), np.float32)
-    state = {s.name: torch.zeros(s.sized(batch), dtype=_wide(s.dtype)) for s in contract.states}
-    golden = Golden(contract)
-    same = 0
     reset_at = max(1, blocks // 3) if batch > 1 else blocks
-    for block in range(blocks):
-        if block == reset_at:
-            loop.zero([batch - 1])
-            for tensor in state.values():
-                tensor[batch - 1] = 0
-        fed = random_input(contract, batch, rng)
-        loop.advance(fed, out)
-        loop.commit()
-        with torch.inference_mode():
-            logits, state = reference(torch.from_numpy(fed), state)
-        state = {name: tensor.clone() for name, tensor in state.items()}  # inference tensors cannot be edited in place
-        wanted = logits.numpy()
-        report.logits_error.append(relative_error(out, wanted))
-        got = _public_state(loop)
-        errors = {name: relative_error(array, state[name].numpy()) for name, array in got.items()}
-        report.state_error.append(max(errors.values()))
-        report.fam_norm.append(_fam_norm(got))
-        same += int((out.argmax(-1) == wanted.argmax(-1)).sum())
-        if block < min(GOLDEN_BLOCKS, reset_at):  # a recording has no resets
-            golden.record(fed, wanted, {name: tensor.numpy() for name, tensor in state.items()})
-        _require({"logits": report.logits_error[-1], **errors}, tolerance, block)
-        if progress:
-            progress(block + 1, blocks)
+    step = progress or (lambda done, total: None)
+    with tempfile.TemporaryFile(dir=folder) as spool:
+        inputs = np.random.default_rng(seed)
+        out = np.empty(contract.outputs[0].sized(batch), np.float32)
+        for block in range(blocks):
+            if block == reset_at:
+                loop.zero([batch - 1])
+            loop.advance(random_input(contract, batch, inputs), out)
+            loop.commit()
+            spool.write(out.data)
+            report.fam_norm.append(_spool_state(loop, spool))
+            step(block + 1, 2 * blocks)
+        release()
+        spool.seek(0)
+        inputs = np.random.default_rng(seed)
+        state = {s.name: torch.zeros(s.sized(batch), dtype=_wide(s.dtype)) for s in contract.states}
+        golden, same = Golden(contract), 0
+        for block in range(blocks):
+            if block == reset_at:
+                for tensor in state.values():
+                    tensor[batch - 1] = 0
+            fed = random_input(contract, batch, inputs)
+            with torch.no_grad():
+                logits, state = reference(torch.from_numpy(fed), state)
+            wanted = logits.numpy()
+            _fill(out, spool)
+            errors = {"logits": relative_error(out, wanted), **_state_errors(contract, batch, spool, state)}
+            report.logits_error.append(errors["logits"])
+            report.state_error.append(max(error for name, error in errors.items() if name != "logits"))
+            same += int((out.argmax(-1) == wanted.argmax(-1)).sum())
+            if block < min(GOLDEN_BLOCKS, reset_at):  # a recording has no resets
+                golden.record(fed, wanted, {name: tensor.numpy() for name, tensor in state.items()})
+            _require(errors, tolerance, block)
+            step(blocks + block + 1, 2 * blocks)
     report.argmax_agreement = same / (blocks * batch * out.shape[1])
     report.fam_growth = _growth(report.fam_norm) if contract.fam_length else None
     return report, golden
@@ -137,15 +153,28 @@ def _require(errors: dict[str, float], tolerance: float, block: int) -> None:
         )
 
 
-def _public_state(loop: Loop) -> Arrays:
-    got = loop.read()
-    return {spec.name: to_public(got[spec.name], spec.dtype) for spec in loop.contract.states}
+def _spool_state(loop: Loop, spool: IO[bytes]) -> float:
+    """Append the state, one tensor in memory at a time; the mean length of its FAM vectors, 0 where there are none."""
+    norms = []
+    for spec in loop.contract.states:
+        array = loop.tensor(spec.name)
+        spool.write(np.ascontiguousarray(array).data)
+        if spec.name.startswith("past_fam"):
+            norms.append(np.linalg.norm(to_public(array, spec.dtype).astype(np.float32), axis=-1).mean())
+    return float(np.mean(norms)) if norms else 0.0
 
 
-def _fam_norm(state: Arrays) -> float:
-    """Mean length of a FAM vector over layers, rows and slots; 0 where the model has none."""
-    fam = [array for name, array in state.items() if name.startswith("past_fam")]
-    return float(np.mean([np.linalg.norm(a.astype(np.float32), axis=-1).mean() for a in fam])) if fam else 0.0
+def _state_errors(contract: StepContract, batch: int, spool: IO[bytes], state: dict[str, Tensor]) -> dict[str, float]:
+    errors = {}
+    for spec in contract.states:
+        array = np.empty(spec.sized(batch), STORAGE[spec.dtype])
+        _fill(array, spool)
+        errors[spec.name] = relative_error(to_public(array, spec.dtype), state[spec.name].numpy())
+    return errors
+
+
+def _fill(array: np.ndarray, spool: IO[bytes]) -> None:
+    spool.readinto(array.data.cast("B"))  # type: ignore[attr-defined]  # every binary file has it
 
 
 def _growth(norms: list[float]) -> float | None:

@@ -51,6 +51,10 @@ def clean(model: ir.Model) -> None:
         common.ClearMetadataAndDocStringPass(),
     ):
         one(model)
+    graph = model.graph
+    for value in (*graph.inputs, *graph.initializers.values(), *(o for node in graph for o in node.outputs)):
+        value.metadata_props.clear()  # the pass above leaves those of values
+        value.doc_string = None
     for name in [n for n, value in model.graph.initializers.items() if not value.uses()]:
         if not model.graph.initializers[name].is_graph_output():
             del model.graph.initializers[name]
@@ -88,7 +92,7 @@ def attach_contract(model: ir.Model, contract: StepContract, facts: Mapping[str,
     if not problems:
         specs = (*contract.inputs, *contract.states, *contract.outputs, *contract.states)
         for value, spec in zip((*graph.inputs, *graph.outputs), specs, strict=True):
-            shape = tuple(dim if isinstance(dim, int) else "batch" for dim in value.shape or ())
+            shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ())
             dtype = str(value.dtype).lower()
             dtype = "float32" if dtype == "float" else dtype
             if shape != spec.shape or dtype != spec.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from famexport.checkpoint import Checkpoint, tensor_bytes
 from famexport.config import FamConfig
 from famexport.contract import ITEM_BYTES, PRECISION_DTYPE, StepContract
-from famexport.errors import ContractError, NumericError, UsageError
+from famexport.errors import ContractError, NumericError, UsageError, raise_problems
 from famexport.export.trace import Step
 from famexport.model import FamModel, Rope, State
 from famexport.tensorfile import TensorEntry
@@ -111,15 +111,29 @@ def module_source(module: nn.Module) -> Source:
             f"{type(module).__name__} needs a method step(tokens, state) -> (logits, state) and a StepContract "
             "named contract; samples/own_module.py shows one"
         )
+    fed = contract.inputs[0]
+    if len(contract.inputs) != 1 or fed.dtype not in ("int64", "float32"):
+        wanted = "one input is supported, int64 ids or float32 rows"
+        raise ContractError(f"{type(module).__name__}: {wanted}; got {'; '.join(map(str, contract.inputs))}")
     module = module.eval()
     if isinstance(module, FamModel):
         module.fold_fam()
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {
+        **dict(module.named_parameters(remove_duplicate=False)),  # tracing may choose any name of a shared weight
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     on_meta = [name for name, tensor in tensors.items() if tensor.device.type != "cpu"]
     if on_meta:
         raise UsageError(f"export needs a module on the CPU, got {on_meta[0]} on {tensors[on_meta[0]].device}")
-    large = {n: t for n, t in tensors.items() if t.nbytes >= INLINE_BYTES}
-    dtypes = {n: str(t.dtype).removeprefix("torch.") for n, t in large.items()}
+    dtypes = {n: str(t.dtype).removeprefix("torch.") for n, t in tensors.items()}
+    odd = [
+        f"{n} is {dtype}, expected one of {', '.join(ITEM_BYTES)}"
+        for n, dtype in dtypes.items()
+        if dtype not in ITEM_BYTES
+    ]
+    raise_problems(ContractError, type(module).__name__, odd)
+    # numpy has no bfloat16, so such a tensor is never a constant
+    large = {n: t for n, t in tensors.items() if t.nbytes >= INLINE_BYTES or t.dtype == torch.bfloat16}
     return Source(
         module=module,
         step=step,
@@ -127,12 +141,23 @@ def module_source(module: nn.Module) -> Source:
         device="cpu",
         weights={n: TensorEntry(n, dtypes[n], tuple(t.shape)) for n, t in large.items()},
         load=lambda name: tensor_bytes(large[name]),
-        reference=lambda: step,
+        reference=lambda: _own_reference(step, contract),
         constants={n: t.detach().numpy() for n, t in tensors.items() if n not in large},
         config=module.config.to_dict() if isinstance(module, FamModel) else None,
         fam_trained=True if isinstance(module, FamModel) and module.config.fam_length else None,
         cost={"parameters": sum(p.numel() for p in module.parameters())},
     )
+
+
+def _own_reference(step: Step, contract: StepContract) -> Reference:
+    """The user's own step, its state in the contract's dtypes as on the device; what it gives is widened for numpy."""
+    dtypes = {spec.name: getattr(torch, spec.dtype) for spec in contract.states}
+
+    def reference(fed: Tensor, state: State) -> tuple[Tensor, State]:
+        logits, new = step(fed, {name: tensor.to(dtypes[name]) for name, tensor in state.items()})
+        return logits, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in new.items()}
+
+    return reference
 
 
 def float32_model(checkpoint: Checkpoint) -> FamModel:
@@ -147,7 +172,10 @@ def float32_model(checkpoint: Checkpoint) -> FamModel:
         if not names:
             continue
         fill = _filler(checkpoint, owner_name, names)
-        if streamed and owner_name.startswith("model.layers."):
+        resident = owner_name == "model.fam_embeddings" or (
+            config.tie_word_embeddings and owner_name.endswith("tokens")
+        )
+        if streamed and not resident:  # the resident ones are read as weights, not called
             owner.register_forward_pre_hook(lambda module, _, fill=fill: fill(module))
             owner.register_forward_hook(lambda module, _, out, names=names: _drop(module, names))
         else:

@@ -6,14 +6,14 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from famexport.contract import StepContract
-from famexport.errors import UsageError
+from famexport.contract import DYNAMIC, StepContract
+from famexport.errors import ContractError, FamExportError, UsageError, raise_problems
 from famexport.export.translations import primitive_translations
 
 if TYPE_CHECKING:
@@ -39,8 +39,27 @@ class FlatStep(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         fed, past = tensors[: len(self.contract.inputs)], tensors[len(self.contract.inputs) :]
         state = {spec.name: tensor for spec, tensor in zip(self.contract.states, past, strict=True)}
-        logits, new = self._call(*fed, state)
-        return logits, *(new[spec.name] for spec in self.contract.states)
+        outputs = self._ordered(self._call(*fed, state))
+        taken = [*tensors]  # an output that is an input, or another output, would share its name in the graph
+        for i, tensor in enumerate(outputs):
+            outputs[i] = tensor.clone() if any(tensor is other for other in taken) else tensor
+            taken.append(tensor)
+        return tuple(outputs)
+
+    def _ordered(self, result: Any) -> list[Tensor]:
+        """What the step gave, as [logits, *states] in contract order."""
+        if not (isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[1], Mapping)):
+            raise ContractError(f"the step must return (logits, state), got {type(result).__name__}")
+        logits, new = result
+        names = [spec.name for spec in self.contract.states]
+        problems = [f"the new state lacks {name}" for name in names if name not in new]
+        problems += [
+            f"the new state has {name!r:.80}, which the contract does not" for name in new if name not in names
+        ]
+        outputs = [logits, *(new[name] for name in names if name in new)]
+        problems += [f"{type(o).__name__} given where a tensor belongs" for o in outputs if not isinstance(o, Tensor)]
+        raise_problems(ContractError, "the step does not keep its contract", problems)
+        return outputs
 
 
 def trace_step(module: nn.Module, step: Step, contract: StepContract, opset: int, device: str = "meta") -> ir.Model:
@@ -51,6 +70,8 @@ def trace_step(module: nn.Module, step: Step, contract: StepContract, opset: int
         device: where they live: "meta" where they hold no data.
     Raises:
         UsageError: an opset famexport does not write.
+        ContractError: the step does not take or give what the contract says, or cannot be traced.
+        FamExportError: an operation of the step has no form in this opset.
     """
     if opset not in IR_VERSIONS:
         raise UsageError(f"opset {opset} is not supported; expected one of {', '.join(map(str, IR_VERSIONS))}")
@@ -61,16 +82,27 @@ def trace_step(module: nn.Module, step: Step, contract: StepContract, opset: int
     axis = torch.export.Dim("batch") if dynamic else None
     shapes = {"tensors": tuple({0: axis} for _ in specs)} if dynamic else None
     with torch.no_grad(), _quiet():
-        program = torch.export.export(FlatStep(module, step, contract), args, dynamic_shapes=shapes, strict=False)
-        onnx_program = torch.onnx.export(
-            program,
-            opset_version=opset,
-            optimize=False,
-            verbose=False,
-            input_names=contract.input_names,
-            output_names=contract.output_names,
-            custom_translation_table=primitive_translations() if opset < NATIVE_ATTENTION_OPSET else None,
-        )
+        try:
+            program = torch.export.export(FlatStep(module, step, contract), args, dynamic_shapes=shapes, strict=False)
+        except FamExportError:
+            raise
+        except Exception as exc:  # whatever the step's own code and torch raise
+            raise ContractError(
+                f"the step cannot be traced with its contract's inputs: {_reason(exc)}; it must be tensor operations "
+                "whose shapes and branches do not depend on values"
+            ) from exc
+        try:
+            onnx_program = torch.onnx.export(
+                program,
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                input_names=contract.input_names,
+                output_names=contract.output_names,
+                custom_translation_table=primitive_translations() if opset < NATIVE_ATTENTION_OPSET else None,
+            )
+        except Exception as exc:
+            raise FamExportError(f"the step has no form in ONNX opset {opset}: {_reason(exc)}") from exc
     assert onnx_program is not None
     model = onnx_program.model
     model.ir_version = IR_VERSIONS[opset]
@@ -78,7 +110,25 @@ def trace_step(module: nn.Module, step: Step, contract: StepContract, opset: int
         value = model.graph.initializers.pop(name)
         value.name = name.removeprefix("module.")
         model.graph.initializers[value.name] = value
+    _name_batch(model.graph)
     return model
+
+
+def _name_batch(graph: ir.Graph) -> None:
+    """Call the symbolic batch what the contract calls it; torch gives it a name of its own."""
+    from onnx_ir import Shape
+
+    symbols = {str(dim) for value in graph.inputs for dim in value.shape or () if not isinstance(dim, int)}
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = Shape(DYNAMIC if str(dim) in symbols else dim for dim in value.shape)
+
+
+def _reason(exc: BaseException) -> str:
+    """The first line of the exception at the root."""
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return f"{type(exc).__name__}: {(str(exc).strip() or 'no message').splitlines()[0]:.300}"
 
 
 @contextlib.contextmanager

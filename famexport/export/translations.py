@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 _ONNX_FLOAT, _ONNX_FLOAT16, _ONNX_BFLOAT16 = 1, 10, 16
+_ONNX_BOOL = 9
+_DEFAULT_EPS = torch.finfo(torch.float32).eps  # of torch.nn.RMSNorm, whatever the dtype
 _LOWEST = {_ONNX_FLOAT: -3.0e38, _ONNX_FLOAT16: -65504.0, _ONNX_BFLOAT16: -3.0e38}
 
 
@@ -45,7 +47,9 @@ def primitive_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             query = op.Reshape(query, op.Constant(value_ints=[0, kv_heads, groups * rows, width]))
         scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
         if attn_mask is not None:
-            bias = op.Where(attn_mask, constant(0.0, dtype), constant(_LOWEST[dtype], dtype))
+            bias = attn_mask  # added to the scores, unless it says what may be seen
+            if int(attn_mask.dtype) == _ONNX_BOOL:
+                bias = op.Where(attn_mask, constant(0.0, dtype), constant(_LOWEST[dtype], dtype))
             scores = op.Add(scores, op.Concat(*[bias] * groups, axis=2) if groups > 1 else bias)
         out = op.MatMul(op.Softmax(scores, axis=-1), value)
         return op.Reshape(out, op.Constant(value_ints=[0, heads, rows, width])) if groups > 1 else out
@@ -55,7 +59,7 @@ def primitive_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             raise NotImplementedError("rms_norm is exported over the last axis only")
         dtype = int(x.dtype)
         mean = op.ReduceMean(op.Pow(x, constant(2.0, dtype)), op.Constant(value_ints=[-1]), keepdims=1)
-        y = op.Div(x, op.Sqrt(op.Add(mean, constant(1e-6 if eps is None else eps, dtype))))
+        y = op.Div(x, op.Sqrt(op.Add(mean, constant(_DEFAULT_EPS if eps is None else eps, dtype))))
         return y if weight is None else op.Mul(y, weight)
 
     return {

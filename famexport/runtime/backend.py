@@ -73,8 +73,12 @@ class Loop(ABC):
         """Make the state that the last ``advance`` computed the current one."""
 
     @abstractmethod
+    def tensor(self, name: str) -> np.ndarray:
+        """A copy of one tensor of the current state, in its storage dtype."""
+
     def read(self) -> Arrays:
         """Copies of the current state, by contract name, in storage dtypes."""
+        return {spec.name: self.tensor(spec.name) for spec in self.contract.states}
 
     @abstractmethod
     def write(self, state: Mapping[str, np.ndarray]) -> None:
@@ -112,8 +116,9 @@ class HostLoop(Loop):
     def commit(self) -> None:
         self.current = 1 - self.current
 
-    def read(self) -> Arrays:
-        return {name: array.copy() for name, array in self.buffers[self.current].items()}
+    def tensor(self, name: str) -> np.ndarray:
+        copied: np.ndarray = self.buffers[self.current][name].copy()
+        return copied
 
     def write(self, state: Mapping[str, np.ndarray]) -> None:
         for name, array in state.items():

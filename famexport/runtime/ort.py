@@ -1,22 +1,24 @@
-"""ONNX Runtime on CPUs. State and inputs are bound once; weights are read in place from the mapped weight file."""
+"""ONNX Runtime on CPUs. State and inputs are bound once; weights are read from the mapped weight file."""
 
 from __future__ import annotations
 
-import mmap
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from famexport.contract import StepContract, present_name
-from famexport.errors import BundleError, FamExportError, IncompatibleError, MissingDependencyError
+from famexport.errors import FamExportError, IncompatibleError, MissingDependencyError
 from famexport.runtime.backend import STORAGE, Backend, HostLoop
-from famexport.tensorfile import TensorEntry, read_header
 
 _ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7, "int32": 6, "bool": 9}
 
 
 def import_onnxruntime() -> Any:
+    """The package, without its telemetry: from 1.29 on it reports to its maker unless told otherwise before the import
+    (microsoft/onnxruntime, docs/Privacy.md). ``ORT_DISABLE_TELEMETRY=0`` in the environment leaves it as it is."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as exc:
@@ -28,8 +30,7 @@ class OrtCpu(Backend):
     """``block_step`` on ONNX Runtime's CPU provider.
 
     Args:
-        graph: the ONNX file's bytes, already checked.
-        weights: the bundle's weight file, a safetensors file that the graph points into; None where it has none.
+        graph: the ONNX file, already checked; ONNX Runtime maps the weight file beside it.
         threads: intra-op threads; None leaves ONNX Runtime's own choice, one per physical core.
     Raises:
         IncompatibleError: this onnxruntime cannot run the graph.
@@ -39,31 +40,28 @@ class OrtCpu(Backend):
     provider = "CPUExecutionProvider"
     device = "cpu"
 
-    def __init__(
-        self, contract: StepContract, precision: str, graph: bytes, weights: Path | None, threads: int | None = None
-    ) -> None:
+    def __init__(self, contract: StepContract, precision: str, graph: Path, threads: int | None = None) -> None:
         super().__init__(contract, precision)
         ort = import_onnxruntime()
         options = ort.SessionOptions()
-        options.log_severity_level = 3  # warnings about nodes it moves to fit are no news to a user
+        options.log_severity_level = 4  # errors come as exceptions; what it logs besides is no news to a user
         if threads:
             options.intra_op_num_threads = threads
-        # bfloat16 weights are widened as they are used: folding would keep a float32 copy of them all
-        disabled = ["ConstantFolding"] if precision == "bf16" else []
-        self._weights: list[Any] = []
+        disabled = None
+        if precision == "bf16":
+            # Weights are widened as they are used and dropped at once: folding would keep a float32 copy of them all,
+            # and an arena would keep the largest of each size
+            disabled = ["ConstantFolding"]
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         try:
-            if weights is not None:
-                mapped = np.memmap(weights, np.uint8, mode="r")
-                names, self._weights = map_weights(ort, mapped, weights, graph)
-                options.add_external_initializers(names, self._weights)
             self.session = ort.InferenceSession(
-                graph, options, providers=[self.provider], disabled_optimizers=disabled or None
+                str(graph), options, providers=[self.provider], disabled_optimizers=disabled
             )
-        except FamExportError:
-            raise
         except Exception as exc:  # onnxruntime raises a class of its own per status code
+            reason = _first_line(exc)
             raise IncompatibleError(
-                f"onnxruntime {ort.__version__} cannot load this graph: {_first_line(exc)}"
+                f"onnxruntime {ort.__version__} cannot load this graph: {reason}; "
+                "upgrade onnxruntime, or export with --opset 20"
             ) from exc
 
     def _open(self, batch: int) -> OrtLoop:
@@ -71,31 +69,6 @@ class OrtCpu(Backend):
 
     def close(self) -> None:
         del self.session
-        self._weights.clear()
-
-
-def map_weights(ort: Any, mapped: np.ndarray, path: Path, graph: bytes) -> tuple[list[str], list[Any]]:
-    """The weights that ``graph`` refers to, as OrtValues over the mapped file ``path``: no copy.
-
-    Raises:
-        BundleError: the graph's offsets are not the file's.
-    """
-    from famexport.onnx_wire import graph_facts
-
-    header = read_header(path)
-    names, values = [], []
-    for name, (location, offset, length) in graph_facts(graph).external_initializers.items():
-        entry = header.get(name)
-        if entry is None or location != path.name or (offset, length) != (entry.offset, entry.nbytes):
-            raise BundleError(f"weight {name} lies at {location}:{offset}+{length} by the graph, not so in {path.name}")
-        names.append(name)
-        values.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(_view(mapped, entry), _ONNX_TYPES[entry.dtype]))
-    return names, values
-
-
-def _view(mapped: np.ndarray, entry: TensorEntry) -> np.ndarray:
-    raw: np.ndarray = mapped[entry.offset : entry.offset + entry.nbytes].view(STORAGE[entry.dtype])
-    return raw.reshape(entry.shape)
 
 
 class OrtLoop(HostLoop):
@@ -103,8 +76,7 @@ class OrtLoop(HostLoop):
 
     def __init__(self, backend: OrtCpu, batch: int) -> None:
         super().__init__(backend.contract, batch)
-        self._session = backend.session
-        self._weights = list(backend._weights)  # onnxruntime wants them alive as long as its session
+        self._session: Any = backend.session
         spec = self.contract.inputs[0]
         self._fed = np.zeros(spec.sized(batch), STORAGE[spec.dtype])
         self._logits_shape = list(self.contract.outputs[0].sized(batch))
@@ -131,6 +103,7 @@ class OrtLoop(HostLoop):
 
     def close(self) -> None:
         self._bindings.clear()
+        self._session = None  # the last stream of a closed session takes its weights along
 
 
 def _first_line(exc: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from famexport.errors import InvalidInputError, UsageError
+from famexport.errors import ContractError, InvalidInputError, UsageError
 from famexport.runtime.process import rss_bytes
 from famexport.runtime.session import Session
 from famexport.runtime.stream import Stream
@@ -72,6 +72,7 @@ def run_tokens(
     Raises:
         UsageError: the bundle cannot be run on one row of tokens, or gives too few logits for scores.
         InvalidInputError: no tokens at all.
+        ContractError: an array that holds no token ids, or ids outside the vocabulary.
     """
     contract = session.contract
     if contract.inputs[0].name != "tokens":
@@ -112,6 +113,8 @@ def _timed_blocks(stream: Stream, ids: Iterable[np.ndarray]) -> Iterator[tuple[n
     out = np.empty(stream.contract.outputs[0].sized(1), np.float32)
     block, held = np.zeros((1, size), np.int64), 0
     for piece in ids:
+        if piece.ndim != 1 or piece.dtype.kind not in "iu":  # an assignment would round, or broadcast
+            raise ContractError(f"token ids are {piece.dtype} {list(piece.shape)}, expected integers [n]")
         at = 0
         while at < len(piece):
             n = min(size - held, len(piece) - at)

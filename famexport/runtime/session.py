@@ -89,8 +89,8 @@ def open_backend(bundle: Bundle, name: str, threads: int | None = None) -> Backe
         from famexport.runtime.ort import OrtCpu
 
         graph = manifest.graphs["block_step"]
-        data = bundle.read(graph.variants.get("ort-cpu", graph.file))
-        return OrtCpu(bundle.contract, manifest.precision, data, weights, threads)
+        file = bundle.file(graph.variants.get("ort-cpu", graph.file))
+        return OrtCpu(bundle.contract, manifest.precision, file, threads)
     if manifest.config is None or weights is None:
         raise IncompatibleError(
             "the backend torch runs famexport's own model, and this bundle holds another; use ort-cpu"

@@ -10,7 +10,7 @@ import numpy as np
 from famexport.config import FamConfig
 from famexport.contract import StepContract
 from famexport.errors import BundleError, MissingDependencyError
-from famexport.runtime.backend import Backend, HostLoop
+from famexport.runtime.backend import STORAGE, Backend, HostLoop
 from famexport.tensorfile import read_header
 
 
@@ -75,12 +75,16 @@ class TorchLoop(HostLoop):
         def view(name: str, array: np.ndarray) -> Any:
             return torch.from_numpy(array).view(dtypes[name]) if array.dtype == np.uint16 else torch.from_numpy(array)
 
+        spec = self.contract.inputs[0]
+        self._host = np.zeros(spec.sized(batch), STORAGE[spec.dtype])  # torch warns of arrays that are read-only
+        self._fed = torch.from_numpy(self._host)
         self._views = [{n: view(n, a) for n, a in buffers.items()} for buffers in self.buffers]
 
     def advance(self, fed: np.ndarray, out: np.ndarray) -> None:
+        np.copyto(self._host, fed)
         with self._torch.inference_mode():
             past, present = self._views[self.current], self._views[1 - self.current]
-            logits, new = self._model.step(self._torch.from_numpy(fed), past, logits=self.contract.logits)
+            logits, new = self._model.step(self._fed, past, logits=self.contract.logits)
             for name, tensor in new.items():
                 present[name].copy_(tensor)
             self._torch.from_numpy(out).copy_(logits)

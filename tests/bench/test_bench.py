@@ -1,0 +1,198 @@
+"""``bench``: the report's shape, what its figures mean, and that a wrong answer gets no number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from famexport.bench import measure
+from famexport.bench.measure import bench
+from famexport.bench.roofline import Ceilings, measure_ceilings
+from famexport.bundle import open_bundle
+from famexport.errors import BundleError, ParityError, UsageError
+from famexport.runtime.ort import OrtLoop
+from famexport.runtime.score import percentiles
+
+Bundles = Callable[[str], Path]
+CEILINGS = Ceilings(copy_gb_per_s=10.0, product_gflop_per_s=100.0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings as given: measuring them takes seconds and half a gigabyte."""
+    monkeypatch.setattr(measure, "measure_ceilings", lambda: CEILINGS)
+
+
+def shape(value: Any) -> Any:
+    """Keys and kinds of a report, without its values."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape(item) for item in value]
+    return type(value).__name__
+
+
+RESULT = {
+    "backend": "str",
+    "blocks": "int",
+    "latency_ms": {"p50": "float", "p90": "float", "p99": "float", "max": "float"},
+    "tokens_per_s": "float",
+    "state_bytes": "int",
+    "rss_bytes": {"first": "int", "last": "int", "slope_per_1000_blocks": "int"},
+    "roofline": {
+        "copy_gb_per_s": "float",
+        "product_gflop_per_s": "float",
+        "floor_ms": "float",
+        "bound": "str",
+        "share": "float",
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "rows", "dynamic", "embeds", "last", "bf16"])
+def test_report(bundles: Bundles, name: str) -> None:
+    seen: list[tuple[int, int]] = []
+    backends = ["ort-cpu", "torch"]
+    report, samples = bench(bundles(name), backends, blocks=20, threads=1, progress=lambda *at: seen.append(at))
+    bundle = open_bundle(bundles(name))
+    assert set(report) == {"bundle", "device", "versions", "results"}
+    assert report["bundle"] == {"path": str(bundles(name)), "id": bundle.id, "precision": bundle.manifest.precision}
+    assert set(report["device"]) == {"processor", "cores", "memory_bytes", "system", "python"}
+    assert {"numpy", "onnxruntime", "torch"} <= set(report["versions"])
+    assert shape(report["results"]) == [RESULT, RESULT]
+    assert [result["backend"] for result in report["results"]] == list(samples) == backends
+    assert seen == [(i + 1, 20) for i in range(20)]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    for result in report["results"]:
+        ms = samples[result["backend"]]
+        assert len(ms) == result["blocks"] == 20
+        assert min(ms) > 0
+        assert result["latency_ms"] == percentiles(ms)
+        rows = 3 if name == "rows" else 1
+        assert result["tokens_per_s"] == pytest.approx(8 * rows / result["latency_ms"]["p50"] * 1e3)
+        assert result["state_bytes"] == bundle.contract.state_bytes()
+        floor = result["roofline"]
+        assert floor["share"] == pytest.approx(floor["floor_ms"] / result["latency_ms"]["p50"])
+        assert 0 < floor["share"] < 1
+
+
+def test_one_backend_by_default(bundles: Bundles) -> None:
+    report, samples = bench(str(bundles("plain")), blocks=2)
+    assert [result["backend"] for result in report["results"]] == list(samples) == ["ort-cpu"]
+
+
+@pytest.mark.parametrize(
+    ("backends", "blocks", "says"),
+    [
+        (["ort-cpu", "torch", "ort-cpu"], 5, "named twice: ort-cpu, torch, ort-cpu"),
+        (["ort-cpu", "cuda"], 5, "no backend 'cuda'; expected auto, ort-cpu, torch"),
+        (["ort-cpu"], 1, "at least 2 blocks, got 1"),
+        (["ort-cpu"], 0, "at least 2 blocks, got 0"),
+    ],
+)
+def test_usage(bundles: Bundles, backends: list[str], blocks: int, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        bench(bundles("plain"), backends, blocks=blocks)
+
+
+def test_a_damaged_bundle_is_not_measured(bundles: Bundles, tmp_path: Path) -> None:
+    with pytest.raises(BundleError):
+        bench(tmp_path)
+    with pytest.raises(UsageError, match="there is no bundle"):
+        bench(tmp_path / "none")
+
+
+advance = OrtLoop.advance
+
+
+@pytest.mark.parametrize("name", ["plain", "bf16"])
+@pytest.mark.parametrize("from_block", [0, 9])
+@pytest.mark.parametrize("wrong", ["scaled", "constant", "nan", "stale"])
+def test_backends_that_disagree_get_no_number(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, name: str, from_block: int, wrong: str
+) -> None:
+    """Also where they did agree at first: outputs are compared again while timing (block 9 of all is timed)."""
+    blocks = 0
+
+    def sabotaged(self: Any, fed: np.ndarray, out: np.ndarray) -> None:
+        nonlocal blocks
+        before = out.copy()
+        advance(self, fed, out)
+        if blocks >= from_block:
+            if wrong == "scaled":
+                out *= 1.5
+            elif wrong == "constant":
+                out[...] = 1
+            elif wrong == "nan":
+                out[..., 0] = np.nan
+            else:
+                out[...] = before  # the step's result is not there yet, as where a synchronisation is missing
+        blocks += 1
+
+    monkeypatch.setattr(OrtLoop, "advance", sabotaged)
+    for backends in (["ort-cpu", "torch"], ["torch", "ort-cpu"]):
+        blocks = 0
+        first, second = backends
+        says = rf"{second} and {first} disagree at block \d+ by .* \(relative\), allowed is .*; a wrong answer gets no"
+        with pytest.raises(ParityError, match=says):
+            bench(bundles(name), backends, blocks=40, threads=1)
+    blocks = 0
+    bench(bundles(name), ["ort-cpu"], blocks=2, threads=1)  # alone there is nothing to compare with
+
+
+def test_backends_take_turns(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block on the same input, so that a change in the machine's speed meets all of them."""
+    from famexport.runtime.stream import Stream
+
+    calls: list[tuple[str, bytes]] = []
+    step = Stream.step
+
+    def noted(self: Stream, inputs: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        calls.append((type(self._loop).__name__, inputs.tobytes()))
+        return step(self, inputs, out)
+
+    monkeypatch.setattr(Stream, "step", noted)
+    _, samples = bench(bundles("plain"), ["ort-cpu", "torch"], blocks=6, threads=1)
+    assert [name for name, _ in calls[:4]] == ["OrtLoop", "TorchLoop", "OrtLoop", "TorchLoop"]
+    assert [fed for _, fed in calls[::2]] == [fed for _, fed in calls[1::2]]
+    assert len({fed for _, fed in calls}) == len(calls) // 2
+    uncounted = len(calls) // 2 - len(samples["torch"])
+    assert uncounted >= open_bundle(bundles("plain")).contract.memory_segments + 1
+
+
+def test_the_floor_is_the_larger_of_two_times() -> None:
+    memory = CEILINGS.floor(10**9, 10**9)  # 1 GB at 10 GB/s is 100 ms; 1 GFLOP at 100 GFLOP/s is 10 ms
+    assert (memory["floor_ms"], memory["bound"]) == (pytest.approx(100), "bandwidth")
+    arithmetic = CEILINGS.floor(10**6, 10**9)
+    assert (arithmetic["floor_ms"], arithmetic["bound"]) == (pytest.approx(10), "arithmetic")
+    unknown = CEILINGS.floor(10**6, None)
+    assert (unknown["floor_ms"], unknown["bound"]) == (pytest.approx(0.1), "bandwidth")
+    assert memory["copy_gb_per_s"] == 10
+
+
+def test_flops_and_bytes_of_the_floor(bundles: Bundles) -> None:
+    """The tiny model's products, counted by hand: 2 layers, D=32, 4 query and 2 key heads of 8, FF=64, T=8, F=4, M=2."""
+    report, _ = bench(bundles("plain"), blocks=2, threads=1)
+    weights = 32 * (2 * 32 + 2 * 16) + 3 * 32 * 64  # q and o, k and v; gate, up, down
+    scores = 2 * 32 * (8 * (16 + 4 + 8) + 4 * (4 + 8))  # q.k and p.v: the block sees memory, FAM, itself; FAM sees both
+    flops = 2 * (2 * (weights * (8 + 4) + scores) + 96 * 32 * 8)
+    manifest = open_bundle(bundles("plain")).manifest
+    assert manifest.cost["flops_per_block"] == flops
+    assert report["results"][0]["roofline"]["floor_ms"] == pytest.approx(
+        max(flops / 100e9, manifest.cost["weight_bytes_read"] / 10e9) * 1e3
+    )
+
+
+def test_ceilings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from famexport.bench import roofline
+
+    monkeypatch.setattr(roofline, "_COPY_BYTES", 2**24)
+    monkeypatch.setattr(roofline, "_PRODUCT_SIZE", 256)
+    found = measure_ceilings()
+    assert 0.05 < found.copy_gb_per_s < 10_000
+    assert 0.05 < found.product_gflop_per_s < 100_000

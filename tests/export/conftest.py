@@ -1,0 +1,65 @@
+"""Exports shared by the tests: each case is traced once in a session, when a test first asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from famexport.export import pipeline
+from famexport.export.pipeline import export_bundle
+from tests.export.helpers import CASES, Export, config_of, random_weights, save
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only cost time at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export]:
+    """The export of a case in ``CASES``. Parity over 2 blocks only: the tests compare over more, on their own."""
+    made: dict[str, Export] = {}
+
+    def get(name: str) -> Export:
+        if name not in made:
+            case, config, reports = CASES[name], config_of(name), []
+            folder = tmp_path_factory.mktemp(name)
+            weights = random_weights(config, case.seed, case.peak)
+            checkpoint = save(folder / "checkpoint", config, weights)
+            bundle = export_bundle(
+                checkpoint,
+                folder / "bundle",
+                parity_blocks=2,
+                progress=lambda *report: reports.append(report),
+                **case.options,
+            )
+            made[name] = Export(case, config, weights, checkpoint, bundle, reports)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def _traces() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture
+def quick_trace(monkeypatch: pytest.MonkeyPatch, _traces: dict[Any, Any]) -> None:
+    """Checkpoints of one configuration share a trace, which reads no weight; a test may edit its copy."""
+    real = pipeline.trace_step
+
+    def trace(module: Any, step: Any, contract: Any, opset: int, device: str = "meta") -> Any:
+        key = (str(module.config), contract.to_json(), opset, device)
+        if key not in _traces:
+            _traces[key] = real(module, step, contract, opset, device)
+        return _traces[key].clone()
+
+    monkeypatch.setattr(pipeline, "trace_step", trace)

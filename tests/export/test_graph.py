@@ -1,0 +1,235 @@
+"""What the exported files hold, and what they must not hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.checker
+import pytest
+import torch
+from onnx import TensorProto, external_data_helper, numpy_helper
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import famexport
+from famexport.contract import METADATA_KEY, PRECISION_DTYPE, StepContract, TensorSpec, contract_for
+from famexport.export.source import FAM_INIT, INLINE_BYTES
+from famexport.tensorfile import read_header
+from tests.export.helpers import CASES, Export, reference_model, zero_state
+
+DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+DTYPES |= {TensorProto.INT64: "int64"}
+NATIVE = {"Attention", "RMSNormalization"}  # operators of opset 23
+Exported = Callable[[str], Export]
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def models(export: Export) -> list[onnx.ModelProto]:
+    """The graphs, weights left outside."""
+    return [onnx.load(path, load_external_data=False) for path in export.graphs]
+
+
+def external(model: onnx.ModelProto) -> dict[str, dict[str, str]]:
+    """Of each initialiser outside the file, where it is."""
+    tensors = [t for t in model.graph.initializer if external_data_helper.uses_external_data(t)]
+    return {t.name: {entry.key: entry.value for entry in t.external_data} for t in tensors}
+
+
+@every_case
+def test_operators_opset_and_ir_version(exported: Exported, name: str) -> None:
+    export = exported(name)
+    assert [path.name for path in export.graphs] == (
+        ["block_step.onnx", "block_step.ort-cpu.onnx"] if export.precision == "bf16" else ["block_step.onnx"]
+    )
+    for path, model in zip(export.graphs, models(export), strict=True):
+        onnx.checker.check_model(path, full_check=True)
+        used = {node.op_type for node in model.graph.node}
+        assert {node.domain for node in model.graph.node} == {""}
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", export.opset)]
+        assert not model.functions
+        assert not {"If", "Loop", "Scan"} & used
+        assert not any(a.HasField("g") or a.graphs for node in model.graph.node for a in node.attribute)
+        if export.opset == 20:
+            assert model.ir_version == 9
+            assert not (NATIVE | {"RotaryEmbedding", "Swish"}) & used
+            since = {op: onnx.defs.get_schema(op, 20).since_version for op in used}
+            assert max(since.values()) <= 20
+            assert {"MatMul", "Softmax"} <= used
+        else:
+            assert model.ir_version == 11
+            assert not NATIVE - used
+            assert "Softmax" not in used
+        assert (export.bundle.manifest.opset, export.bundle.manifest.ir_version) == (export.opset, model.ir_version)
+
+
+def specs(values: list[onnx.ValueInfoProto]) -> list[TensorSpec]:
+    found = []
+    for value in values:
+        tensor = value.type.tensor_type
+        shape = tuple(d.dim_param if d.HasField("dim_param") else d.dim_value for d in tensor.shape.dim)
+        found.append(TensorSpec(value.name, DTYPES[tensor.elem_type], shape))
+    return found
+
+
+@every_case
+def test_inputs_and_outputs_are_the_contracts_in_its_order(exported: Exported, name: str) -> None:
+    export = exported(name)
+    options = {key: value for key, value in export.case.options.items() if key in ("batch", "inputs", "logits")}
+    contract = contract_for(export.config, export.precision, **options)
+    assert export.bundle.contract == contract
+    for model in models(export):
+        assert specs(model.graph.input) == [*contract.inputs, *contract.states]
+        new = [TensorSpec(s.name.replace("past_", "present_"), s.dtype, s.shape) for s in contract.states]
+        assert specs(model.graph.output) == [*contract.outputs, *new]
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        assert set(metadata) == {METADATA_KEY, "famexport.precision"}
+        assert metadata["famexport.precision"] == export.precision
+        assert StepContract.from_dict(json.loads(metadata[METADATA_KEY])) == contract
+    manifest = json.loads((export.bundle.path / "manifest.json").read_text())
+    assert manifest["contract"] == contract.to_dict()
+
+
+@every_case
+def test_states_have_the_dtypes_of_the_precision_and_fam_is_float32(exported: Exported, name: str) -> None:
+    export = exported(name)
+    kinds: dict[str, set[str]] = {}
+    for value in specs(models(export)[0].graph.input):
+        kinds.setdefault(value.name.rstrip("0123456789"), set()).add(value.dtype)
+    wanted = {"past_count": {"int64"}}
+    wanted |= {"past_fam_": {"float32"}} if export.config.fam_length else {}
+    if export.config.memory_segments:
+        wanted |= {kind: {PRECISION_DTYPE[export.precision]} for kind in ("past_key_", "past_value_")}
+    assert {key: value for key, value in kinds.items() if key.startswith("past_")} == wanted
+
+
+@every_case
+def test_weights_lie_in_one_safetensors_file_under_hugging_face_names(exported: Exported, name: str) -> None:
+    export = exported(name)
+    file = export.bundle.path / "weights.safetensors"
+    stored, header = load_file(file), read_header(file)
+    dtype = getattr(torch, PRECISION_DTYPE[export.precision])
+    unused = {"model.fam_embeddings.weight"}  # F_0 is computed from them once, and they are not needed again
+    if export.bundle.contract.inputs[0].name == "inputs_embeds":
+        unused.add("model.embed_tokens.weight")
+    wanted = {n: weight.to(dtype) for n, weight in export.weights.items() if n not in unused}
+    if export.config.fam_length:
+        wanted[FAM_INIT] = reference_model(export.config, export.weights).initial_fam()
+    assert stored.keys() == wanted.keys()
+    for n, weight in wanted.items():
+        assert stored[n].dtype == weight.dtype, n
+        assert torch.equal(stored[n], weight), n
+    for model in models(export):
+        entries = external(model)
+        assert {e["location"] for e in entries.values()} == {"weights.safetensors"}
+        assert {n: (int(e["offset"]), int(e["length"])) for n, e in entries.items()} == {
+            n: (e.offset, e.nbytes) for n, e in header.items()
+        }
+        inside = [t for t in model.graph.initializer if t.name not in entries]
+        inside += [a.t for node in model.graph.node for a in node.attribute if a.HasField("t")]
+        assert sum(len(numpy_helper.to_array(t).tobytes()) for t in inside) < 16 * INLINE_BYTES
+
+
+def test_f0_is_a_constant_and_prompt_embeddings_are_gone(exported: Exported) -> None:
+    export = exported("base")
+    with safe_open(export.bundle.path / "weights.safetensors", "np") as file:
+        names = set(file.keys())
+    assert "model.fam_embeddings.weight" not in names
+    for path in export.graphs:
+        assert b"fam_embeddings" not in path.read_bytes()
+    # It is the constant that counts: where it is zero, a fresh stream's FAM is another.
+    model = onnx.load(export.graphs[0])
+    evaluator = onnx.reference.ReferenceEvaluator(model)
+    reference = reference_model(export.config, export.weights)
+    state = zero_state(reference, 1)
+    tokens = np.arange(4)[None]
+    fed = {"tokens": tokens, **{n: t.numpy() for n, t in state.items()}}
+    wanted = reference.step(torch.from_numpy(tokens), state)[1]["past_fam_01"].numpy()
+    outputs = [o.name for o in model.graph.output]
+    got = evaluator.run(None, fed)[outputs.index("present_fam_01")]
+    assert np.abs(got - wanted).max() < 1e-4
+    next(t for t in model.graph.initializer if t.name == FAM_INIT).CopyFrom(
+        numpy_helper.from_array(np.zeros((2, 3, 16), np.float32), FAM_INIT)
+    )
+    zeroed = onnx.reference.ReferenceEvaluator(model).run(None, fed)[outputs.index("present_fam_01")]
+    assert np.abs(zeroed - wanted).max() > 1e-2
+
+
+@every_case
+def test_files_say_nothing_about_the_machine_that_made_them(exported: Exported, name: str) -> None:
+    export = exported(name)
+    home, here = str(Path.home()), str(Path(famexport.__file__).parent.parent)
+    forbidden = {home, here, sys.prefix, os.getcwd(), str(export.bundle.path.parent), "/tmp", "/work", "/usr"}
+    forbidden |= {"site-packages", ".py", "stack_trace", "pkg.torch", "torch.", "Traceback"}
+    for path in export.graphs:
+        data = path.read_bytes()
+        assert [text for text in sorted(forbidden) if len(text) > 1 and text.encode() in data] == []
+        model = onnx.load(path, load_external_data=False)
+        assert (model.producer_name, model.producer_version, model.doc_string, model.domain) == (
+            "famexport",
+            "",
+            "",
+            "",
+        )
+        assert (model.graph.name, model.graph.doc_string) == ("block_step", "")
+        for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+            assert not part.doc_string
+            assert not part.metadata_props
+    text = (export.bundle.path / "manifest.json").read_text()
+    assert not [word for word in (home, here, str(export.checkpoint), "/tmp") if len(word) > 1 and word in text]
+
+
+def test_no_weight_is_copied_for_grouped_heads(exported: Exported) -> None:
+    """Grouped heads fold into rows: nothing in the graph repeats keys or values to the number of query heads."""
+    for case in ("base", "no_fam", "fp16"):
+        export = exported(case)
+        model = onnx.shape_inference.infer_shapes(onnx.load(export.graphs[0]), data_prop=True)
+        shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+        c = export.config
+        seen = c.memory_segments * c.block_size + c.fam_length + c.block_size
+        heads = [n for n, s in shapes.items() if s[1:] in ([c.num_attention_heads, seen, c.head_dim],)]
+        assert [n for n, s in shapes.items() if s[1:] == [c.num_key_value_heads, seen, c.head_dim]]
+        assert heads == []
+
+
+def test_progress_goes_from_none_to_all_in_each_stage(exported: Exported) -> None:
+    reports = exported("base").reports
+    assert list(dict.fromkeys(stage for stage, _, _ in reports)) == ["trace", "weights", "parity"]
+    for stage in ("trace", "weights", "parity"):
+        done = [(d, total) for s, d, total in reports if s == stage]
+        assert done == sorted(done)
+        assert done[-1][0] == done[-1][1] > 0
+
+
+EXPORT_TWICE = """
+import hashlib, json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from famexport import export_bundle
+bundle = export_bundle(sys.argv[1], sys.argv[2], precision="bf16", batch="dynamic", parity_blocks=2)
+print(json.dumps([bundle.id, {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in bundle.path.iterdir()}]))
+"""
+
+
+def test_two_processes_make_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
+    checkpoint = exported("base").checkpoint
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", EXPORT_TWICE, str(checkpoint), str(tmp_path / f"made by {seed}")],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(famexport.__file__).parent.parent)},
+        )
+        for seed in ("0", "4711")
+    ]
+    first, second = (json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes)
+    assert first == second
+    assert set(first[1]) == {
+        "block_step.onnx", "block_step.ort-cpu.onnx", "golden.safetensors", "manifest.json", "weights.safetensors"
+    }  # fmt: skip

@@ -1,0 +1,152 @@
+"""``load`` and its backends: what they say of themselves, what they refuse, and that they agree over many blocks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from streaming import random_input
+
+import famexport as fx
+from famexport.errors import BundleError, IncompatibleError, MissingDependencyError, UsageError
+from famexport.runtime.golden import relative_error
+from famexport.runtime.session import BACKENDS, open_backend
+
+# Largest relative error of one block's logits or of one state tensor, closed loop, over 50 blocks. Measured: 3e-6 in
+# float32, where only the order of sums differs; fp16 and bf16 round at other places in the two backends.
+TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 1.5e-1}
+
+
+@pytest.mark.parametrize("name", ["plain", "rows", "dynamic", "embeds", "last", "no_fam", "no_memory", "fp16", "bf16"])
+def test_backends_agree_over_50_blocks(sessions: Callable[..., Any], name: str) -> None:
+    ort, torch = sessions(name, "ort-cpu"), sessions(name, "torch")
+    tolerance = TOLERANCES[ort.backend.precision]
+    batch = 2 if name == "dynamic" else None
+    with ort.stream(batch) as a, torch.stream(batch) as b:
+        for block in range(50):
+            fed = random_input(ort.contract, 8, a.batch, seed=block)
+            assert relative_error(a.step(fed), b.step(fed)) < tolerance
+            if block % 10 == 9:
+                states = zip(a.state().items(), b.state().values(), strict=True)
+                assert max(relative_error(got, wanted) for (_, got), wanted in states) < tolerance
+        assert a.state()["past_count"].tolist() == b.state()["past_count"].tolist()
+
+
+def test_memory_and_fam_reach_the_logits(sessions: Callable[..., Any]) -> None:
+    """Or else no test of a state fed back would show anything: each state tensor changes the next block's logits."""
+    for name, backend in (("plain", "ort-cpu"), ("plain", "torch"), ("bf16", "ort-cpu"), ("no_memory", "ort-cpu")):
+        session = sessions(name, backend)
+        with session.stream() as stream:
+            for block in range(4):
+                stream.step(random_input(session.contract, 8, seed=block))
+            state, fed = stream.state(), random_input(session.contract, 8, seed=9)
+            wanted = stream.step(fed)
+            for spec in session.contract.states:
+                stream.load_state({**state, spec.name: np.zeros_like(state[spec.name])})
+                assert relative_error(stream.step(fed), wanted) > 1e-3, spec.name
+
+
+def test_info(sessions: Callable[..., Any], bundles: Callable[[str], Path]) -> None:
+    # count 8 bytes; two layers of keys and values [2, 16, 8] and FAM [4, 32], in float32
+    state = 8 + 2 * (2 * 2 * 16 * 8 * 4 + 4 * 32 * 4)
+    info = sessions("plain").info
+    assert info == {
+        "backend": "ort-cpu",
+        "provider": "CPUExecutionProvider",
+        "device": "cpu",
+        "precision": "fp32",
+        "state_bytes": state,
+        "bundle_id": fx.open_bundle(bundles("plain")).id,
+    }
+    assert sum(array.nbytes for array in sessions("plain").stream().state().values()) == state
+    assert sessions("rows").info["state_bytes"] == 3 * state
+    assert sessions("bf16", "torch").info["precision"] == "bf16"
+    assert sessions("bf16").info["state_bytes"] == 8 + 2 * 2 * 16 * 8 * 2 + 4 * 32 * 4
+    assert sessions("plain", "torch").info["backend"] == "torch"
+
+
+def test_load(bundles: Callable[[str], Path]) -> None:
+    path = bundles("plain")
+    seen: list[tuple[int, int]] = []
+    with fx.load(str(path), threads=1, progress=lambda done, total: seen.append((done, total))) as session:
+        assert session.backend.name == BACKENDS[0] == "ort-cpu"
+        assert session.contract == fx.open_bundle(path).contract
+    total = sum(entry.bytes for entry in fx.open_bundle(path).manifest.files.values())
+    assert seen[-1] == (total, total)
+    with fx.load(fx.open_bundle(path), "torch", threads=1) as session:
+        assert session.backend.name == "torch"
+
+
+def test_what_load_refuses(bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no backend 'cuda'; expected auto, ort-cpu, torch"):
+        fx.load(bundles("plain"), "cuda")
+    with pytest.raises(UsageError, match="there is no bundle at"):
+        fx.load(tmp_path / "none")
+    with pytest.raises(BundleError, match="is not a bundle"):
+        fx.load(tmp_path)
+    for package, backend, extra in (("onnxruntime", "auto", "cpu"), ("torch", "torch", "export")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(MissingDependencyError, match=rf"pip install 'famexport\[{extra}\]'"):
+                fx.load(bundles("plain"), backend)
+
+
+def test_a_graph_that_onnxruntime_cannot_load(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    from famexport.runtime.ort import OrtCpu
+
+    bundle = fx.open_bundle(bundles("plain"))
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(b"\x08\x0a\x12\x03abc")
+    with pytest.raises(IncompatibleError, match=r"onnxruntime .* cannot load this graph: ") as caught:
+        OrtCpu(bundle.contract, "fp32", damaged)
+    assert "\n" not in str(caught.value)
+
+
+def test_torch_needs_the_built_in_model(bundles: Callable[[str], Path]) -> None:
+    import dataclasses
+
+    bundle = fx.open_bundle(bundles("plain"))
+    own = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, config=None))
+    with pytest.raises(IncompatibleError, match="runs famexport's own model, and this bundle holds another; use ort-cpu"):
+        open_backend(own, "torch")
+
+
+def test_torch_wants_every_weight_and_no_other(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    from famexport.config import FamConfig
+    from famexport.runtime.torch_reference import TorchCpu
+
+    bundle = fx.open_bundle(bundles("plain"))
+    weights = load_file(bundles("plain") / "weights.safetensors")
+    config = FamConfig.from_dict(dict(bundle.manifest.config or {}))
+    path = tmp_path / "weights.safetensors"
+    save_file({key: value for key, value in weights.items() if key != "model.norm.weight"}, path)
+    with pytest.raises(BundleError, match=r"lacks model\.norm\.weight"):
+        TorchCpu(bundle.contract, "fp32", config, path)
+    save_file({**weights, "strange": np.zeros(3, np.float32)}, path)
+    with pytest.raises(BundleError, match="holds strange, which the model does not have"):
+        TorchCpu(bundle.contract, "fp32", config, path)
+
+
+def test_a_failing_step_is_a_typed_error_and_the_state_stays(sessions: Callable[..., Any]) -> None:
+    session = sessions("plain")
+    with session.stream() as stream, session.stream() as spared:
+        fed = [random_input(session.contract, 8, seed=i) for i in range(3)]
+        stream.step(fed[0]), spared.step(fed[0])
+
+        class Broken:
+            def run_with_iobinding(self, binding: Any) -> None:
+                raise RuntimeError("out of luck\nand of lines")
+
+        loop, good = stream._loop, stream._loop._session
+        loop._session = Broken()
+        with pytest.raises(fx.FamExportError, match="onnxruntime failed in block_step: out of luck$"):
+            stream.step(fed[1])
+        loop._session = good
+        assert stream.blocks == 1
+        assert np.array_equal(stream.step(fed[2]), spared.step(fed[2]))
