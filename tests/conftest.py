@@ -66,7 +66,9 @@ def make_checkpoint() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]
+) -> Callable[[str], Path]:
     """The path of the checkpoint that the bundle of that name is made of. Do not change what is there."""
     made: dict[str, Path] = {}
 

@@ -137,6 +137,7 @@ print(os.environ.get("ORT_DISABLE_TELEMETRY"), len(os.listdir("/proc/self/task")
 
 # Layering: arrows point one way
 
+
 def sources(*folders: str) -> list[Path]:
     found = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     assert found
@@ -174,7 +175,9 @@ def runtime_problems(path: Path) -> list[str]:
         torch = starts(name, "torch", "famexport.model")
         if torch and (at_import or path.name != "torch_reference.py"):
             found.append(f"{path.name} imports {name}")
-        if starts(name, *MAKERS, "onnx", "onnx_ir", "onnxscript", "transformers", "typer", "rich", "importlib.import_module"):
+        if starts(
+            name, *MAKERS, "onnx", "onnx_ir", "onnxscript", "transformers", "typer", "rich", "importlib.import_module"
+        ):
             found.append(f"{path.name} imports {name}")
         if starts(name, "onnxruntime") and at_import:
             found.append(f"{path.name} imports {name} at its top")
@@ -182,7 +185,9 @@ def runtime_problems(path: Path) -> list[str]:
 
 
 def test_runtime_and_bench_import_no_maker() -> None:
-    assert [problem for path in sources("famexport/runtime", "famexport/bench") for problem in runtime_problems(path)] == []
+    assert [
+        problem for path in sources("famexport/runtime", "famexport/bench") for problem in runtime_problems(path)
+    ] == []
 
 
 def test_runtime_does_not_import_bench() -> None:
@@ -228,7 +233,9 @@ def test_the_layering_check_sees(line: str, tmp_path: Path) -> None:
 
 
 def test_the_layering_check_lets_pass(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("import numpy\ndef f():\n    import onnxruntime\nfrom famexport.bundle import Bundle\n")
+    (tmp_path / "a.py").write_text(
+        "import numpy\ndef f():\n    import onnxruntime\nfrom famexport.bundle import Bundle\n"
+    )
     (tmp_path / "torch_reference.py").write_text("def f():\n    import torch\n")
     assert runtime_problems(tmp_path / "a.py") == runtime_problems(tmp_path / "torch_reference.py") == []
 
@@ -259,7 +266,9 @@ def code_in_data(source: str) -> list[str]:
                 found.append(f"{node.lineno}: {ast.unparse(node)}")
             if called.endswith("np.load") and not any(word.arg == "allow_pickle" for word in node.keywords):
                 found.append(f"{node.lineno}: {ast.unparse(node)} without allow_pickle=False")
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         if any("engine_host_code_allowed" in ast.unparse(target) for target in targets):
             found.append(f"{node.lineno}: {ast.unparse(node)}")  # type: ignore[attr-defined]
         if isinstance(node, ast.Attribute) and node.attr in ("unsafe_load", "UnsafeLoader", "FullLoader", "Unpickler"):
@@ -301,5 +310,7 @@ def test_the_scan_sees(line: str) -> None:
 
 
 def test_the_scan_lets_pass() -> None:
-    good = "model.eval()\nre.compile('a')\nnp.load(p, allow_pickle=False)\nyaml.safe_load(t)\nsafetensors.numpy.load(d)\n"
+    good = (
+        "model.eval()\nre.compile('a')\nnp.load(p, allow_pickle=False)\nyaml.safe_load(t)\nsafetensors.numpy.load(d)\n"
+    )
     assert code_in_data(good) == []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -60,8 +61,16 @@ class Stages:
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress, self._tasks = progress, dict[str, TaskID]()
+        self._interrupted = False
+
+    def interrupt(self, signum: int, frame: object) -> None:
+        """Ctrl-C. Libraries swallow it now and then (a bare ``except`` at an import): then the next report raises."""
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
         if self._progress is None:
             return
         if stage not in self._tasks:
@@ -76,9 +85,12 @@ class Stages:
 @contextmanager
 def stages(quiet: bool) -> Iterator[Stages]:
     """Progress on stderr while the block runs; none where ``quiet`` or stderr is no terminal."""
-    if quiet or not err.is_terminal:
-        yield Stages(None)
-        return
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        yield Stages(progress)
+    shown = None if quiet or not err.is_terminal else Progress(*columns, console=err, transient=True)
+    report = Stages(shown)
+    before = signal.signal(signal.SIGINT, report.interrupt)
+    try:
+        with shown or nullcontext():
+            yield report
+    finally:
+        signal.signal(signal.SIGINT, before)

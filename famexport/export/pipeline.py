@@ -23,7 +23,7 @@ from famexport.export.trace import trace_step
 from famexport.manifest import GraphFiles, Manifest
 from famexport.publish import staged_directory
 from famexport.runtime.golden import Golden
-from famexport.runtime.ort import OrtCpu
+from famexport.runtime.ort import OrtCpu, import_onnxruntime
 from famexport.tensorfile import TensorEntry, write_tensors
 
 GRAPH, GRAPH_CPU, WEIGHTS = "block_step.onnx", "block_step.ort-cpu.onnx", "weights.safetensors"
@@ -72,6 +72,7 @@ def export_bundle(
     _check_options(precision, batch, inputs, logits)
     _check_parity_options(parity_blocks, tolerance, seed)
     report: Progress = progress or (lambda stage, done, total: None)
+    import_onnxruntime()  # the parity check needs it: better missed now than after the tracing
     what = _source(source, precision, batch, inputs, logits)
     if isinstance(source, nn.Module) and (precision, batch, inputs, logits) != ("fp32", 1, "tokens", "all"):
         raise UsageError("a module is exported as its own contract says; precision, batch, inputs and logits go there")

@@ -112,7 +112,9 @@ def test_init(famexport: Command, tmp_path: Path) -> None:
 def test_export_with_options(famexport: Command, checkpoints: Bundles, tmp_path: Path) -> None:
     options = ["--batch", "dynamic", "--logits", "last", "--inputs", "inputs_embeds", "--opset", 23]
     out = tmp_path / "bundle"
-    facts = famexport.json("export", checkpoints("no_memory"), "-o", out, *options, "--parity-blocks", 2, "--tolerance", 0.01)
+    facts = famexport.json(
+        "export", checkpoints("no_memory"), "-o", out, *options, "--parity-blocks", 2, "--tolerance", 0.01
+    )
     bundle = open_bundle(out)
     assert facts["id"] == bundle.id
     assert facts["files"] == {name: entry.bytes for name, entry in bundle.manifest.files.items()}
@@ -308,7 +310,9 @@ def terminal(*arguments: object, **options: Any) -> tuple[int, str, str]:
     ours, theirs = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
     command = [sys.executable, "-m", "famexport", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment, text=True, **options) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, env=environment, text=True, **options
+    ) as child:
         os.close(theirs)
         shown = b""
         while True:
@@ -347,4 +351,6 @@ def test_no_progress_without_a_terminal(bundles: Bundles, tmp_path: Path) -> Non
     done = process("run", bundles("plain"), "-i", tmp_path / "ids.npy")
     assert (done.returncode, done.stderr) == (0, "")
     assert "100 in 12 whole blocks" in done.stdout
-    assert math.isfinite(json.loads(process("run", bundles("plain"), "-i", tmp_path / "ids.npy", "--json").stdout)["loss"])
+    assert math.isfinite(
+        json.loads(process("run", bundles("plain"), "-i", tmp_path / "ids.npy", "--json").stdout)["loss"]
+    )

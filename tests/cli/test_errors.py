@@ -65,6 +65,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 # Paths
 
+
 @pytest.mark.parametrize("command", ["run", "bench", "verify", "inspect"])
 def test_a_path_that_does_not_exist(fails: Callable[..., str], tmp_path: Path, command: str) -> None:
     fails(USAGE, command, tmp_path / "none", says=(str(tmp_path / "none"),))
@@ -73,10 +74,14 @@ def test_a_path_that_does_not_exist(fails: Callable[..., str], tmp_path: Path, c
 def test_what_is_not_a_bundle_or_checkpoint(fails: Callable[..., str], tmp_path: Path, checkpoints: Paths) -> None:
     fails(INVALID, "verify", tmp_path, says=("is not a bundle", "famexport export CKPT -o BUNDLE"))
     fails(INVALID, "verify", checkpoints("plain"), says=("is not a bundle", "famexport export CKPT -o BUNDLE"))
-    fails(INVALID, "verify", checkpoints("plain") / "config.json", says=("is a file, expected the directory of a bundle",))
+    fails(
+        INVALID, "verify", checkpoints("plain") / "config.json", says=("is a file, expected the directory of a bundle",)
+    )
     fails(INVALID, "inspect", tmp_path, says=("holds neither manifest.json (a bundle) nor config.json (a checkpoint)",))
     (tmp_path / "notes.txt").write_text("hello")
-    fails(INVALID, "inspect", tmp_path / "notes.txt", says=("is not a bundle, a checkpoint, an .onnx or a .safetensors",))
+    fails(
+        INVALID, "inspect", tmp_path / "notes.txt", says=("is not a bundle, a checkpoint, an .onnx or a .safetensors",)
+    )
     fails(USAGE, "export", tmp_path / "none", "-o", tmp_path / "out", says=("no such path", "none"))
     fails(INVALID, "export", tmp_path, "-o", tmp_path / "out", says=("has no config.json", "Hugging Face form"))
     assert not (tmp_path / "out").exists()
@@ -87,6 +92,7 @@ def test_a_path_of_several_lines_is_still_one(fails: Callable[..., str], tmp_pat
 
 
 # Damaged and foreign input
+
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "block_step.onnx", "manifest.json", "golden.safetensors"])
 def test_a_truncated_file_in_a_bundle(fails: Callable[..., str], bundles: Paths, tmp_path: Path, file: str) -> None:
@@ -139,12 +145,16 @@ def test_truncated_weights_in_a_checkpoint(fails: Callable[..., str], checkpoint
 
 # Input to run
 
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
         (b"", ("the input is empty", "expected at least one token")),
         (b" \n\n", ("the input is empty",)),
-        (b"Once upon a time", ("text where token ids are expected: 'Once'", "whitespace-separated integers", "tokenizer.json")),
+        (
+            b"Once upon a time",
+            ("text where token ids are expected: 'Once'", "whitespace-separated integers", "tokenizer.json"),
+        ),
         (b"1 2\n3 x4", ("line 2", "'x4'")),
         (b"1 2 3.5", ("'3.5'",)),
         (b"1 96 2", ("token id 96 at position 1", "vocabulary of 96")),
@@ -184,7 +194,9 @@ def test_input_files_that_cannot_be_read(fails: Callable[..., str], bundles: Pat
     fails(INVALID, "run", plain, "-i", os.devnull, says=("the input is empty",))
 
 
-def test_bundles_that_run_cannot_stream(fails: Callable[..., str], bundles: Paths, stdin: Callable[[bytes], None]) -> None:
+def test_bundles_that_run_cannot_stream(
+    fails: Callable[..., str], bundles: Paths, stdin: Callable[[bytes], None]
+) -> None:
     stdin(b"1 2 3")
     fails(USAGE, "run", bundles("embeds"), says=("takes inputs_embeds", "drive it from Python"))
     fails(USAGE, "run", bundles("rows"), says=("a batch of 3", "--batch 1"))
@@ -193,6 +205,7 @@ def test_bundles_that_run_cannot_stream(fails: Callable[..., str], bundles: Path
 
 
 # Options
+
 
 @pytest.mark.parametrize("command", ["run", "bench", "verify"])
 def test_an_unknown_backend(fails: Callable[..., str], bundles: Paths, command: str) -> None:
@@ -204,7 +217,9 @@ def test_options_that_cannot_be(fails: Callable[..., str], bundles: Paths, check
     twice = ["--backend", "torch", "--backend", "torch"]
     fails(USAGE, "bench", bundles("plain"), *twice, says=("named twice: torch, torch",))
     for batch in ("0", "-1", "many", "1.5", ""):
-        fails(USAGE, "export", plain, "-o", out, "--batch", batch, says=("batch must be a positive number or 'dynamic'",))
+        fails(
+            USAGE, "export", plain, "-o", out, "--batch", batch, says=("batch must be a positive number or 'dynamic'",)
+        )
     fails(USAGE, "export", plain, "-o", out, "--opset", "12", says=("opset 12 is not supported", "20"))
     fails(USAGE, "init", "-o", out, "--preset", "huge", says=("no preset 'huge'", "tiny, edge"))
     fails(INVALID, "init", "-o", out, "--fam-length", "9", says=("fam_length (9) must not exceed block_size (8)",))
@@ -239,6 +254,7 @@ def test_what_typer_refuses(arguments: list[str], says: str, capsys: pytest.Capt
 
 # Targets
 
+
 def test_somebody_elses_directory_is_left_alone(
     fails: Callable[..., str], checkpoints: Paths, tmp_path: Path, no_litter: None
 ) -> None:
@@ -266,7 +282,16 @@ def test_somebody_elses_directory_is_left_alone(
 
 
 def test_scores_and_reports_to_a_directory(fails: Callable[..., str], bundles: Paths, tmp_path: Path) -> None:
-    fails(USAGE, "run", bundles("plain"), "-i", os.devnull, "--scores", tmp_path, says=("is a directory, expected a file",))
+    fails(
+        USAGE,
+        "run",
+        bundles("plain"),
+        "-i",
+        os.devnull,
+        "--scores",
+        tmp_path,
+        says=("is a directory, expected a file",),
+    )
 
 
 def test_too_small_a_tolerance(fails: Callable[..., str], checkpoints: Paths, tmp_path: Path, no_litter: None) -> None:
@@ -313,7 +338,9 @@ def test_a_missing_package(
     """In a process where the package cannot be imported: which it is, and the command that adds it."""
     paths = {"BUNDLE": bundles("plain"), "TEXT": bundles("text"), "CKPT": checkpoints("plain"), "OUT": tmp_path / "out"}
     for word, path in paths.items():
-        arguments = [str(path) + argument[len(word) :] if argument.startswith(word) else argument for argument in arguments]
+        arguments = [
+            str(path) + argument[len(word) :] if argument.startswith(word) else argument for argument in arguments
+        ]
     code = f"import sys; sys.modules[{package!r}] = None; from famexport.cli import main; main({arguments!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -405,7 +432,9 @@ def test_ctrl_c_in_a_run(bundles: Paths, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [["--help"], ["--version"], ["doctor"], ["inspect", "B"], ["inspect", "B", "--json"], ["verify", "B"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["--version"], ["doctor"], ["inspect", "B"], ["inspect", "B", "--json"], ["verify", "B"]]
+)
 def test_a_broken_pipe_is_quiet(bundles: Paths, command: list[str]) -> None:
     """As of ``famexport inspect B | true``."""
     arguments = [str(bundles("plain")) if argument == "B" else argument for argument in command]

@@ -22,6 +22,24 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces() -> Iterator[None]:
+    """Checkpoints of one configuration share a trace, which reads no weight. Each export gets a copy of its own."""
+    real, made = pipeline.trace_step, {}
+
+    def trace_step(module: Any, step: Any, contract: Any, opset: int, device: str = "meta") -> Any:
+        if device != "meta":  # a module of one's own
+            return real(module, step, contract, opset, device)
+        key = (str(module.config), contract.to_json(), opset)
+        if key not in made:
+            made[key] = real(module, step, contract, opset, device)
+        return made[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "trace_step", trace_step)
+        yield
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export]:
     """The export of a case in ``CASES``. Parity over 2 blocks only: the tests compare over more, on their own."""
@@ -44,22 +62,3 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
         return made[name]
 
     return get
-
-
-@pytest.fixture(scope="session")
-def _traces() -> dict[Any, Any]:
-    return {}
-
-
-@pytest.fixture
-def quick_trace(monkeypatch: pytest.MonkeyPatch, _traces: dict[Any, Any]) -> None:
-    """Checkpoints of one configuration share a trace, which reads no weight; a test may edit its copy."""
-    real = pipeline.trace_step
-
-    def trace(module: Any, step: Any, contract: Any, opset: int, device: str = "meta") -> Any:
-        key = (str(module.config), contract.to_json(), opset, device)
-        if key not in _traces:
-            _traces[key] = real(module, step, contract, opset, device)
-        return _traces[key].clone()
-
-    monkeypatch.setattr(pipeline, "trace_step", trace)

@@ -95,7 +95,9 @@ def test_a_loop_that_is_wrong_is_reported(
 ) -> None:
     method, wrong = SABOTAGE[sabotage]
     monkeypatch.setattr(OrtLoop, method, wrong)
-    with pytest.raises(ParityError, match=r"golden rollout differs on this device by (inf|\d.*) \(relative\), allowed is"):
+    with pytest.raises(
+        ParityError, match=r"golden rollout differs on this device by (inf|\d.*) \(relative\), allowed is"
+    ):
         verify(bundles(name))
 
 

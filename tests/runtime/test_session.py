@@ -111,7 +111,9 @@ def test_torch_needs_the_built_in_model(bundles: Callable[[str], Path]) -> None:
 
     bundle = fx.open_bundle(bundles("plain"))
     own = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, config=None))
-    with pytest.raises(IncompatibleError, match="runs famexport's own model, and this bundle holds another; use ort-cpu"):
+    with pytest.raises(
+        IncompatibleError, match="runs famexport's own model, and this bundle holds another; use ort-cpu"
+    ):
         open_backend(own, "torch")
 
 

@@ -101,16 +101,36 @@ def transposed(array: np.ndarray) -> np.ndarray:
 
 
 STATE: dict[str, tuple[str, Callable[[Arrays], Any], str]] = {
-    "M - 1 blocks": ("plain", change("past_key_00", lambda a: a[:, :, 8:].copy()), "past_key_00 has shape .*8, 8.* exp"),
+    "M - 1 blocks": (
+        "plain",
+        change("past_key_00", lambda a: a[:, :, 8:].copy()),
+        "past_key_00 has shape .*8, 8.* exp",
+    ),
     "M + 1 blocks": ("plain", change("past_value_01", longer), r"past_value_01 has shape \[1, 2, 24, 8\]"),
     "no rows": ("plain", change("past_fam_01", lambda a: a[:0].copy()), r"past_fam_01 has shape \[0, 4, 32\]"),
-    "a row too few": ("rows", change("past_count", lambda a: a[:1].copy()), r"past_count has shape \[1\], expected \[3\]"),
+    "a row too few": (
+        "rows",
+        change("past_count", lambda a: a[:1].copy()),
+        r"past_count has shape \[1\], expected \[3\]",
+    ),
     "another batch": ("plain", change("past_fam_00", lambda a: np.repeat(a, 3, 0)), r"past_fam_00 has shape \[3"),
-    "float16": ("plain", change("past_key_01", lambda a: a.astype(np.float16)), "past_key_01 is float16, expected float32"),
+    "float16": (
+        "plain",
+        change("past_key_01", lambda a: a.astype(np.float16)),
+        "past_key_01 is float16, expected float32",
+    ),
     "float64": ("plain", change("past_fam_00", lambda a: a.astype(float)), "past_fam_00 is float64"),
-    "float32 for float16": ("fp16", change("past_key_00", lambda a: a.astype(np.float32)), "past_key_00 is float32, exp"),
+    "float32 for float16": (
+        "fp16",
+        change("past_key_00", lambda a: a.astype(np.float32)),
+        "past_key_00 is float32, exp",
+    ),
     "bits for bfloat16": ("bf16", change("past_key_00", lambda a: a.astype(np.uint16)), "past_key_00 is uint16, exp"),
-    "finer than bfloat16": ("bf16", change("past_value_00", lambda a: a + np.float32(1e-3)), "past_value_00 is a bfloat16"),
+    "finer than bfloat16": (
+        "bf16",
+        change("past_value_00", lambda a: a + np.float32(1e-3)),
+        "past_value_00 is a bfloat16",
+    ),
     "int32 count": ("plain", change("past_count", lambda a: a.astype(np.int32)), "past_count is int32, expected int64"),
     "transposed": ("plain", change("past_value_00", transposed), "past_value_00 is not contiguous"),
     "a list": ("plain", change("past_fam_00", lambda a: a.tolist()), "past_fam_00 is list, expected a numpy array"),
