@@ -8,7 +8,7 @@ from typing import Any
 
 from famexport.bundle import open_bundle
 from famexport.contract import METADATA_KEY
-from famexport.errors import InvalidInputError, MissingDependencyError, UsageError
+from famexport.errors import BundleError, InvalidInputError, MissingDependencyError, UsageError
 from famexport.manifest import MANIFEST
 from famexport.onnx_wire import graph_facts
 from famexport.tensorfile import read_header
@@ -99,7 +99,10 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 def _graph(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_GRAPH_BYTES:
         raise InvalidInputError(f"{path} has {path.stat().st_size} bytes; an ONNX file has at most {_MAX_GRAPH_BYTES}")
-    facts = graph_facts(path.read_bytes())
+    try:
+        facts = graph_facts(path.read_bytes())
+    except BundleError as exc:
+        raise InvalidInputError(f"{path}: {exc}") from exc
     return {
         "kind": "graph",
         "opset": facts.opset,

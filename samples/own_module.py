@@ -51,8 +51,7 @@ def main(out: str = "sensor-bundle") -> None:
     with fx.load(out) as session, session.stream() as stream:
         for frames in np.random.default_rng(0).standard_normal((100, 1, BLOCK, READINGS), np.float32):
             scores = stream.step(frames)
-        size = session.contract.state_bytes()
-    worst = max(*parity["logits_error"], *parity["state_error"])
+    worst, size = max(*parity["logits_error"], *parity["state_error"]), session.contract.state_bytes()
     print(f"{stream.blocks} blocks, scores {scores.shape}, state {size} bytes, differs from torch by {worst:.0e}")
 
 
