@@ -99,8 +99,8 @@ class StepContract:
         if not self.graphs or len(set(self.graphs)) != len(self.graphs):
             found.append(f"graphs must be named once each, got {list(self.graphs)}")
         names = [spec.name for spec in (*self.inputs, *self.states)]
-        if len(set(names)) != len(names) or not all(names) or "logits" in names:
-            found.append("tensor names must be there, differ, and not be 'logits'")
+        if len(set(names)) != len(names) or not all(names) or set(names) & set(self.output_names):
+            found.append(f"tensor names must be there, differ, and not be an output's, got {names}")
         if not self.inputs:
             found.append("at least one input is needed")
         state_names = [s.name for s in self.states]

@@ -35,6 +35,7 @@ def clean(model: ir.Model) -> None:
     """
     from onnxscript import optimizer
 
+    graph, outputs = model.graph, [value.name for value in model.graph.outputs]
     level = logging.getLogger("onnxscript").level
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:
@@ -51,7 +52,12 @@ def clean(model: ir.Model) -> None:
         common.ClearMetadataAndDocStringPass(),
     ):
         one(model)
-    graph = model.graph
+    for i, name in enumerate(outputs):
+        if graph.outputs[i].name != name:  # equal outputs were merged, and one name was left to them
+            merged, copy = graph.outputs[i], ir.node("Identity", [graph.outputs[i]], name=f"node_{name}")
+            copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = name, merged.type, merged.shape
+            graph.append(copy)
+            graph.outputs[i] = copy.outputs[0]
     for value in (*graph.inputs, *graph.initializers.values(), *(o for node in graph for o in node.outputs)):
         value.metadata_props.clear()  # the pass above leaves those of values
         value.doc_string = None
