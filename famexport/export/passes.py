@@ -147,7 +147,7 @@ def emulate_bfloat16(model: ir.Model) -> None:
         for output in node.outputs:
             if output.dtype != bf16:
                 continue
-            output.dtype = ir.DataType.FLOAT
+            output.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: values may share the old
             if transposed_weight:
                 widened[output] = output  # exact already
                 continue

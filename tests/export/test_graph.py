@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,10 @@ from safetensors.torch import load_file
 
 import famexport
 from famexport.contract import METADATA_KEY, PRECISION_DTYPE, StepContract, TensorSpec, contract_for
+from famexport.export.pipeline import export_bundle
 from famexport.export.source import FAM_INIT, INLINE_BYTES
 from famexport.tensorfile import read_header
-from tests.export.helpers import CASES, Export, reference_model, zero_state
+from tests.export.helpers import BASE, CASES, Export, random_weights, reference_model, save, zero_state
 
 DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 DTYPES |= {TensorProto.INT64: "int64"}
@@ -207,29 +210,32 @@ def test_progress_goes_from_none_to_all_in_each_stage(exported: Exported) -> Non
         assert done[-1][0] == done[-1][1] > 0
 
 
-EXPORT_TWICE = """
-import hashlib, json, sys
-from pathlib import Path
+EXPORT = """
+import json, sys
 import torch
+from tests.export.test_graph import digests
 torch.set_num_threads(1)
-from famexport import export_bundle
-bundle = export_bundle(sys.argv[1], sys.argv[2], precision="bf16", batch="dynamic", parity_blocks=2)
-print(json.dumps([bundle.id, {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in bundle.path.iterdir()}]))
+print(json.dumps([hash("seed"), digests(sys.argv[1], sys.argv[2])]))
 """
 
 
-def test_two_processes_make_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
-    checkpoint = exported("base").checkpoint
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", EXPORT_TWICE, str(checkpoint), str(tmp_path / f"made by {seed}")],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(famexport.__file__).parent.parent)},
-        )
-        for seed in ("0", "4711")
-    ]
-    first, second = (json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes)
-    assert first == second
-    assert set(first[1]) == {
-        "block_step.onnx", "block_step.ort-cpu.onnx", "golden.safetensors", "manifest.json", "weights.safetensors"
-    }  # fmt: skip
+def digests(checkpoint: str | Path, target: str | Path) -> dict[str, str]:
+    """Export, and give the bundle's id and each file's SHA-256."""
+    bundle = export_bundle(checkpoint, target, precision="bf16", batch="dynamic", parity_blocks=2)
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in bundle.path.iterdir()}
+    return {"id": bundle.id, **files}
+
+
+def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
+    config = replace(BASE, num_hidden_layers=1)
+    checkpoint = save(tmp_path / "checkpoint", config, random_weights(config))
+    command = [sys.executable, "-c", EXPORT, str(checkpoint), str(tmp_path / "there")]
+    root = str(Path(famexport.__file__).parent.parent)
+    env = {**os.environ, "PYTHONHASHSEED": "4711", "PYTHONPATH": root}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
+    seed, there = json.loads(done.stdout.splitlines()[-1])
+    assert seed != hash("seed")  # the order of sets is another in this process
+    assert there == digests(checkpoint, tmp_path / "here")
+    assert sorted(there) == [
+        "block_step.onnx", "block_step.ort-cpu.onnx", "golden.safetensors", "id", "manifest.json", "weights.safetensors"
+    ]  # fmt: skip

@@ -26,7 +26,7 @@ from famexport.export import source as source_module
 from famexport.export.pipeline import export_bundle
 from famexport.export.source import INLINE_BYTES, float32_model
 from famexport.model import FamModel
-from tests.export.helpers import BASE, LLAMA3, Export, random_weights, reference_model, save, zero_state
+from tests.export.helpers import BASE, Export, random_weights, reference_model, save, zero_state
 
 # -- the float32 reference
 
@@ -262,35 +262,31 @@ def test_a_half_precision_module_is_compared_in_its_own_precision(tmp_path: Path
 
 
 class Attends(Own):
-    """Attention over the block's own rows, in the form that ``options`` of torch's function give it."""
+    """Attention over the block's own rows, in each of the forms that torch's function has."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *forms: dict[str, Any]) -> None:
         super().__init__()
-        self.options = options
+        self.forms = forms
 
     def step(self, fed: Tensor, state: dict[str, Tensor]) -> Any:
         x = self.enter(fed).view(1, T, 4, 8).transpose(1, 2)
-        heads = F.scaled_dot_product_attention(2 * x, x.flip(2), x, **self.options).transpose(1, 2).reshape(1, T, N)
-        return self.head(heads), {"past_mean": 0.5 * state["past_mean"] + heads.mean(1)}
+        heads = torch.zeros_like(x)
+        for i, form in enumerate(self.forms):  # each adds something of its own
+            heads = heads + F.scaled_dot_product_attention((2 + i) * x, x.flip(2), x.roll(i, 2), **form)
+        rows = heads.transpose(1, 2).reshape(1, T, N)
+        return self.head(rows), {"past_mean": 0.5 * state["past_mean"] + rows.mean(1)}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"attn_mask": torch.ones(T, T).tril().bool()},
-        {"attn_mask": torch.linspace(-3, 3, T * T).view(T, T)},  # added to the scores
-        {"scale": 0.7},
-    ],
-)
-def test_forms_of_attention(tmp_path: Path, options: dict[str, Any]) -> None:
-    parity = export(Attends(**options), tmp_path).manifest.parity
+def test_forms_of_attention(tmp_path: Path) -> None:
+    visible, added = torch.ones(T, T).tril().bool(), torch.linspace(-3, 3, T * T).view(T, T)
+    forms = ({}, {"attn_mask": visible}, {"attn_mask": added}, {"scale": 0.7}, {"attn_mask": visible[None, None]})
+    parity = export(Attends(*forms), tmp_path).manifest.parity
     assert max(*parity["logits_error"], *parity["state_error"]) < 1e-5
 
 
 def test_attention_that_is_not_translated_is_named(tmp_path: Path) -> None:
     with pytest.raises(FamExportError, match=r"no form in ONNX opset 20: .*is_causal is not exported; pass a mask"):
-        export(Attends(is_causal=True), tmp_path)
+        export(Attends({"is_causal": True}), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -364,15 +360,15 @@ BROKEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no state": (lambda: Lies(lambda y, new: y), r"must return \(logits, state\), got"),
     "none": (lambda: Lies(lambda y, new: (y, None)), r"must return \(logits, state\)"),
     "no tensor": (lambda: Lies(lambda y, new: (y, {"past_mean": 1.0})), "float given where a tensor belongs"),
-    "a state's shape": (
-        lambda: Lies(lambda y, new: (y, {"past_mean": mean(new)[:, :3]})),
+    "shapes and dtypes": (
+        lambda: Lies(lambda y, new: (y.half(), {"past_mean": mean(new)[:, :3]})),
+        r"2 problems: logits is float16 \[1, 4, 3\], expected float32 \[1, 4, 3\]; "
         r"present_mean is float32 \[1, 3\], expected float32 \[1, 32\]",
     ),
-    "a state's dtype": (
-        lambda: Lies(lambda y, new: (y, {"past_mean": mean(new).half()})),
-        "present_mean is float16 .* expected float32",
+    "a state's rank and dtype": (
+        lambda: Lies(lambda y, new: (y, {"past_mean": mean(new)[0].double()})),
+        r"present_mean is double \[32\], expected float32 \[1, 32\]",
     ),
-    "the logits' dtype": (lambda: Lies(lambda y, new: (y.half(), new)), "logits is float16"),
     "last rows promised": (lambda: Own(logits="last"), r"logits is float32 \[1, 4, 3\], expected float32 \[1, 1, 3\]"),
     "a contract that does not fit": (
         lambda: Own(states=(TensorSpec("past_mean", "float32", (1, N + 1)),)),
@@ -429,9 +425,8 @@ def test_options_of_a_module_are_its_contracts(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_own_model_with_llama3_rope_and_half_state(tmp_path: Path) -> None:
-    """FAM kept in float16 across blocks, as a recipe may say: the reference rounds it as the graph does."""
-    config = replace(BASE, num_hidden_layers=1, rope_scaling=LLAMA3, fam_state_dtype="float16")
+def test_fam_may_be_kept_in_half_precision_across_blocks(tmp_path: Path) -> None:
+    config = replace(BASE, num_hidden_layers=1, fam_state_dtype="float16")
     checkpoint = save(tmp_path / "checkpoint", config, random_weights(config, peak=1.0))
     bundle = export_bundle(checkpoint, tmp_path / "bundle", parity_blocks=8, tolerance=1e-2)
     assert {s.dtype for s in bundle.contract.states if "fam" in s.name} == {"float16"}
