@@ -33,7 +33,7 @@ def verify(
         loop = session.backend.open(batch)
         result = replay(bundle.read(manifest.golden), loop, float(manifest.parity["tolerance"]))
         loop.close()
-        info = session.info
+        info = session.info()
     return {
         "bundle": str(path),
         **info,

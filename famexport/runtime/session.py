@@ -25,7 +25,6 @@ class Session:
         self.contract: StepContract = backend.contract
         self._closed = False
 
-    @property
     def info(self) -> dict[str, Any]:
         """Backend, provider, device, precision, bytes of one row's state, and the bundle's id."""
         return {

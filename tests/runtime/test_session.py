@@ -53,7 +53,7 @@ def test_memory_and_fam_reach_the_logits(sessions: Callable[..., Any]) -> None:
 def test_info(sessions: Callable[..., Any], bundles: Callable[[str], Path]) -> None:
     # count 8 bytes; two layers of keys and values [2, 16, 8] and FAM [4, 32], in float32
     state = 8 + 2 * (2 * 2 * 16 * 8 * 4 + 4 * 32 * 4)
-    info = sessions("plain").info
+    info = sessions("plain").info()
     assert info == {
         "backend": "ort-cpu",
         "provider": "CPUExecutionProvider",
@@ -63,10 +63,10 @@ def test_info(sessions: Callable[..., Any], bundles: Callable[[str], Path]) -> N
         "bundle_id": fx.open_bundle(bundles("plain")).id,
     }
     assert sum(array.nbytes for array in sessions("plain").stream().state().values()) == state
-    assert sessions("rows").info["state_bytes"] == 3 * state
-    assert sessions("bf16", "torch").info["precision"] == "bf16"
-    assert sessions("bf16").info["state_bytes"] == 8 + 2 * 2 * 16 * 8 * 2 + 4 * 32 * 4
-    assert sessions("plain", "torch").info["backend"] == "torch"
+    assert sessions("rows").info()["state_bytes"] == 3 * state
+    assert sessions("bf16", "torch").info()["precision"] == "bf16"
+    assert sessions("bf16").info()["state_bytes"] == 8 + 2 * 2 * 16 * 8 * 2 + 4 * 32 * 4
+    assert sessions("plain", "torch").info()["backend"] == "torch"
 
 
 def test_load(bundles: Callable[[str], Path]) -> None:
