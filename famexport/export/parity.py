@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from famexport.contract import StepContract
-from famexport.errors import ParityError
+from famexport.errors import FamExportError, ParityError
 from famexport.export.source import Reference
 from famexport.runtime.backend import STORAGE, Loop, to_public
 from famexport.runtime.golden import GOLDEN_BLOCKS, Golden, relative_error
@@ -174,7 +174,11 @@ def _state_errors(contract: StepContract, batch: int, spool: IO[bytes], state: d
 
 
 def _fill(array: np.ndarray, spool: IO[bytes]) -> None:
-    spool.readinto(array.data.cast("B"))  # type: ignore[attr-defined]  # every binary file has it
+    read = spool.readinto(array.data.cast("B"))  # type: ignore[attr-defined]  # every binary file has it
+    if read != array.nbytes:  # else what the array held before would be compared
+        raise FamExportError(
+            f"the parity check's temporary file gave {read} bytes, expected {array.nbytes}; is its disk full?"
+        )
 
 
 def _growth(norms: list[float]) -> float | None:

@@ -18,6 +18,7 @@ CONTROL_FLOW = ("If", "Loop", "Scan")
 _FOLD_LIMIT = 2**16  # bytes of input that constant folding may read: masks and indices, never weights
 # Operators that only move data run on bfloat16 everywhere; they need no emulation.
 _MOVES = {"Gather", "Concat", "Transpose", "Slice", "Reshape", "Split", "Identity", "Unsqueeze", "Squeeze", "Expand"}
+_MOVES |= {"Shape"}  # with a dynamic batch; it reads no data at all
 
 
 def fill_constants(model: ir.Model, values: Mapping[str, np.ndarray]) -> None:

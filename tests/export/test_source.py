@@ -94,7 +94,10 @@ print(json.dumps(seen | {"all": peak() - base}))
 
 @pytest.mark.slow
 def test_peak_memory_of_an_export_stays_under_twice_its_weights(tmp_path: Path) -> None:
-    """In a process of its own, above what its imports take. Few wide layers, so that activations do not count."""
+    """In a process of its own, above what its imports take; measured: 1.3 to 1.5 times.
+
+    The reference is streamed, as that of a large model is. Few wide layers, so that activations do not count.
+    """
     config = replace(
         BASE,
         vocab_size=64,
@@ -125,8 +128,7 @@ def test_peak_memory_of_an_export_stays_under_twice_its_weights(tmp_path: Path) 
     peak = json.loads(done.stdout.splitlines()[-1])
     written = (tmp_path / "bundle" / "weights.safetensors").stat().st_size
     assert 1.9 < written / size < 2.1  # float32
-    print({stage: f"{value / written:.2f}" for stage, value in peak.items()})
-    assert peak["weights"] < 0.8 * written  # tracing reads none, and they are written one at a time
+    assert peak["weights"] < 1.0 * written  # tracing reads none, and they are written one at a time
     assert peak["all"] < 2.0 * written
 
 
