@@ -78,14 +78,15 @@ def test_a_checkpoint_in_half_precision_keeps_its_bits(tmp_path: Path, dtype: st
 
 
 PEAK = """
-import json, os, resource, sys
+import json, os, sys
 import numpy, onnx_ir, onnxruntime, onnxscript, torch
 from famexport.export import source
 from famexport.export.pipeline import export_bundle
 torch.set_num_threads(1)
 source.RESIDENT_BYTES = int(sys.argv[3])
 rss = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which begins with the peak of the process that started this one: of the whole test run, here
+peak = lambda: 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 base, seen = rss(), {}
 export_bundle(sys.argv[1], sys.argv[2], parity_blocks=2, progress=lambda stage, *_: seen.update({stage: peak() - base}))
 print(json.dumps(seen | {"all": peak() - base}))
@@ -128,7 +129,7 @@ def test_peak_memory_of_an_export_stays_under_twice_its_weights(tmp_path: Path) 
     peak = json.loads(done.stdout.splitlines()[-1])
     written = (tmp_path / "bundle" / "weights.safetensors").stat().st_size
     assert 1.9 < written / size < 2.1  # float32
-    assert peak["weights"] < 1.0 * written  # tracing reads none, and they are written one at a time
+    assert peak["weights"] < 0.8 * written  # tracing reads none, and they are written one at a time
     assert peak["all"] < 2.0 * written
 
 
