@@ -1,5 +1,8 @@
 """The FAM block step in PyTorch: the maths of TransformerFAM (arXiv 2404.09173, Algorithms 1 and 2), and nothing else.
 
+``FamModel.step`` takes a whole block. ``append`` takes some tokens of a block, and ``commit`` ends it: the same maths
+cut in two, for token rows and for FAM rows (specification, "Between block boundaries").
+
 Shapes: b batch, T block_size, F fam_length, M memory_segments, D hidden_size, H heads, Hkv key/value heads,
 Dh head_dim, V vocab_size. Parameter names are those of Hugging Face's Llama, plus ``model.fam_embeddings.weight``
 [F, D].
@@ -10,8 +13,7 @@ are computed in float32 anyway.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,81 +21,10 @@ from torch import Tensor, nn
 
 from famexport.config import FamConfig
 from famexport.contract import StepContract, contract_for
+from famexport.layers import KV, Attention, FeedForward, Norm, attend
+from famexport.rotary import Rope, rotate
 
 State = dict[str, Tensor]
-Rotary = tuple[Tensor, Tensor]  # cos and sin, [positions, Dh/2]
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis: computed in float32, given in the weight's dtype."""
-
-    def __init__(self, config: FamConfig, width: int) -> None:
-        super().__init__()
-        self.eps, self.width = config.norm_eps, width
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if config.norm == "layernorm" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float()
-        if self.bias is None:
-            y = F.rms_norm(x.float(), (self.width,), weight, self.eps)
-        else:
-            y = F.layer_norm(x.float(), (self.width,), weight, self.bias.float(), self.eps)
-        return y.to(self.weight.dtype)
-
-
-class Attention(nn.Module):
-    """Projections of one layer, shared by token rows and FAM rows."""
-
-    def __init__(self, config: FamConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        width, q, kv = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(width, q, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, kv, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, kv, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q, width, bias=config.out_bias)
-        self.q_norm = Norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = Norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[b, n, D] -> q [b, H, n, Dh], k and v [b, Hkv, n, Dh], not rotated."""
-        split = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(split)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(split)).transpose(1, 2)
-        return q, k, self.v_proj(x).view(split).transpose(1, 2)
-
-    def out(self, heads: Tensor) -> Tensor:
-        """[b, H, n, Dh] -> [b, n, D], float32."""
-        b, _, n, _ = heads.shape
-        rows: Tensor = self.o_proj(heads.transpose(1, 2).reshape(b, n, self.heads * self.head_dim))
-        return rows.float()
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: FamConfig) -> None:
-        super().__init__()
-        width, inner, self.activation = config.hidden_size, config.intermediate_size, config.activation
-        self.gate_proj = nn.Linear(width, inner, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(width, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, width, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        hidden = self._act(up) if self.gate_proj is None else self._act(self.gate_proj(x)) * up
-        rows: Tensor = self.down_proj(hidden)
-        return rows.float()
-
-    def _act(self, x: Tensor) -> Tensor:
-        if self.activation == "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        if self.activation == "gelu":
-            return F.gelu(x)
-        return F.relu(x) if self.activation == "relu" else F.silu(x)
 
 
 class Layer(nn.Module):
@@ -136,42 +67,71 @@ class Layer(nn.Module):
         if fam is not None and residual is not None:
             heads = torch.cat([attend(q[:, :, :f], own, v), heads], 2)  # FAM sees F_{tau-1} and the whole block
             rows = torch.cat([residual, x], 1)
-        rows = rows + attn.out(heads)
-        rows = rows + self.mlp(self.post_attention_layernorm(rows))
+        rows = self._finish(rows, heads)
         return rows[:, f:], None if fam is None else rows[:, :f], k[:, :, f:], v[:, :, f:]
 
+    def append(
+        self, x: Tensor, fam: Tensor | None, memory: KV | None, opened: KV, place: Place, rope: Rope, mask: Tensor
+    ) -> tuple[Tensor, KV]:
+        """The token rows of ``forward`` for some tokens of an open block; columns [past blocks; FAM; open block].
 
-class Rope(nn.Module):
-    """Constant rotary tables. Positions count from the first token of the open block, so they never grow."""
+        Args:
+            x: token rows [b, c, D], float32.
+            opened: the open block's keys and values, each [b, Hkv, T, Dh].
+            place: where the tokens stand in the open block.
+            mask: what they may see, bool [b, 1, c, M*T+F+T].
+        Returns:
+            token rows, and the open block's keys and values with those of ``x``.
+        """
+        attn, f = self.self_attn, 0 if fam is None else fam.shape[1]
+        normed = self.input_layernorm(x if fam is None else torch.cat([fam, x], 1))
+        k, v = attn.kv(normed)
+        opened = place.write(opened[0], k[:, :, f:]), place.write(opened[1], v[:, :, f:])
+        keys, values = [rotate(opened[0], rope.token)], [opened[1]]
+        if fam is not None:
+            keys, values = [rotate(k[:, :, :f], rope.prompt), *keys], [v[:, :, :f], *values]
+        if memory is not None:
+            keys, values = [rotate(memory[0], rope.memory), *keys], [memory[1], *values]
+        q = rotate(attn.q(normed[:, f:]), place.rotary)
+        return self._finish(x, attend(q, torch.cat(keys, 2), torch.cat(values, 2), mask)), opened
 
-    def __init__(self, config: FamConfig) -> None:
-        super().__init__()
-        for name, (cos, sin) in rotary_tables(config).items():
-            self.register_buffer(f"{name}_cos", cos, persistent=False)
-            self.register_buffer(f"{name}_sin", sin, persistent=False)
+    def commit(self, fam: Tensor, residual: Tensor, opened: KV, rope: Rope) -> Tensor:
+        """The FAM rows of ``forward`` over a full open block: F_tau [b, F, D]."""
+        q, k, v = self.self_attn.qkv(self.input_layernorm(fam))
+        keys = torch.cat([rotate(k, rope.prompt), rotate(opened[0], rope.token)], 2)
+        return self._finish(residual, attend(rotate(q, rope.fam_query), keys, torch.cat([v, opened[1]], 2)))
 
-    def _table(self, name: str) -> Rotary:
-        return getattr(self, f"{name}_cos"), getattr(self, f"{name}_sin")
+    def _finish(self, rows: Tensor, heads: Tensor) -> Tensor:
+        """What follows attention: residuals, output projection, feed-forward."""
+        rows = rows + self.self_attn.out(heads)
+        finished: Tensor = rows + self.mlp(self.post_attention_layernorm(rows))
+        return finished
 
-    @property
-    def query(self) -> Rotary:
-        """Rows [FAM; tokens] as queries."""
-        return self._table("query")
 
-    @property
-    def key(self) -> Rotary:
-        """Rows [FAM; tokens] as keys."""
-        return self._table("key")
+class Place:
+    """Where the tokens of a chunk stand in each row's open block.
 
-    @property
-    def memory(self) -> Rotary:
-        """Keys of past blocks."""
-        return self._table("memory")
+    Args:
+        opened: positions the block has already, int64 [b].
+        length: positions of the chunk that count, int64 [b]; the rest is padding and leaves no trace.
+        chunk: c.
+    """
 
-    @property
-    def prompt(self) -> Rotary:
-        """The F summary embeddings before the stream's start."""
-        return self._table("prompt")
+    def __init__(self, opened: Tensor, length: Tensor, chunk: int, rope: Rope) -> None:
+        size = rope.block_size
+        slots, steps = torch.arange(size, device=opened.device), torch.arange(chunk, device=opened.device)
+        self.positions = (opened[:, None] + steps).clamp(max=size - 1)  # [b, c]; only padding reaches the limit
+        self.rotary = rope.at(self.positions)
+        hits = (slots[:, None] == self.positions[:, None]) & (steps < length[:, None])[:, None]  # [b, T, c]
+        self._hits, self._chunk = hits[:, None], chunk
+        self._hit = self._hits.any(-1, keepdim=True)
+        self.seen = slots <= self.positions[..., None]  # the open block causally, [b, c, T]
+
+    def write(self, old: Tensor, new: Tensor) -> Tensor:
+        """``old`` [b, Hkv, T, Dh] with the rows of ``new`` [b, Hkv, c, Dh] in their places."""
+        if self._chunk > 1:
+            new = self._hits.to(new.dtype) @ new  # one-hot, so exact
+        return torch.where(self._hit, new, old)
 
 
 class Body(nn.Module):
@@ -232,19 +192,9 @@ class FamModel(nn.Module):
             logits float32 [b, T or 1, V] and the new state, under the same ``past_*`` names.
         """
         c, count = self.config, state["past_count"]
-        started = (count > 0)[:, None, None]
-        x = (self.model.embed_tokens(inputs) if inputs.dim() == 2 else inputs).float()
-        mask = self._token_mask(count)
-        first = self.initial_fam() if c.fam_length and self.fam_init is None else self.fam_init
-        new: State = {"past_count": (count + 1).clamp(max=max(c.memory_segments, 1))}
-        for i, layer in enumerate(self.model.layers):
-            fam = residual = memory = None
-            if first is not None:
-                past = state[f"past_fam_{i:02d}"].float()
-                fam = torch.where(started, past, first[i])
-                residual = torch.where(started, past, torch.zeros_like(first[i]))
-            if c.memory_segments:
-                memory = state[f"past_key_{i:02d}"], state[f"past_value_{i:02d}"]
+        x, mask = self._embed(inputs), self._token_mask(count)
+        new: State = {"past_count": self._next_count(count)}
+        for i, (layer, (fam, residual, memory)) in enumerate(zip(self.model.layers, self._past(state), strict=True)):
             x, fam, k, v = layer(x, fam, residual, memory, self.rope, mask)
             if fam is not None:
                 new[f"past_fam_{i:02d}"] = fam.to(state[f"past_fam_{i:02d}"].dtype)
@@ -255,57 +205,87 @@ class FamModel(nn.Module):
 
     forward = step
 
+    def append(self, inputs: Tensor, length: Tensor, state: State, logits: str = "all") -> tuple[Tensor, State]:
+        """Some tokens of an open block, which must have room for them.
+
+        Args:
+            inputs: token ids int64 [b, c], or embeddings [b, c, D].
+            length: positions of each row that count, int64 [b], from 0 (an idle row) to c; the rest is padding.
+            state: ``past_*`` tensors, those of the open block too.
+            logits: "all" gives every row, "last" that of each row's last position that counts.
+        Returns:
+            logits float32 [b, c or 1, V] and the open block's new state.
+        """
+        c, count, opened = self.config, state["past_count"], state["past_open_length"]
+        place = Place(opened, length, inputs.shape[1], self.rope)
+        x, mask = self._embed(inputs), self._columns(count, place.seen)
+        new: State = {"past_open_length": opened + length}
+        for i, (layer, (fam, _, memory)) in enumerate(zip(self.model.layers, self._past(state), strict=True)):
+            kv = state[f"past_open_key_{i:02d}"], state[f"past_open_value_{i:02d}"]
+            x, (new[f"past_open_key_{i:02d}"], new[f"past_open_value_{i:02d}"]) = layer.append(
+                x, fam, memory, kv, place, self.rope, mask
+            )
+        if logits == "last":
+            x = x.gather(1, (length - 1).clamp(min=0)[:, None, None].expand(-1, 1, c.hidden_size))
+        return self._logits(x), new
+
+    def commit(self, state: State) -> State:
+        """End each row's open block if it is full: FAM reads it, memory takes it, and an empty one is opened."""
+        c, count = self.config, state["past_count"]
+        full = state["past_open_length"] == c.block_size
+        new: State = {
+            "past_count": torch.where(full, self._next_count(count), count),
+            "past_open_length": torch.where(full, 0, state["past_open_length"]),
+        }
+        full = full[:, None, None]
+        for i, (layer, (fam, residual, memory)) in enumerate(zip(self.model.layers, self._past(state), strict=True)):
+            opened = state[f"past_open_key_{i:02d}"], state[f"past_open_value_{i:02d}"]
+            if fam is not None and residual is not None:
+                past = state[f"past_fam_{i:02d}"]
+                new[f"past_fam_{i:02d}"] = torch.where(
+                    full, layer.commit(fam, residual, opened, self.rope).to(past.dtype), past
+                )
+            for j, kv in enumerate(("key", "value")):
+                if memory is not None:
+                    moved = torch.cat([memory[j][:, :, c.block_size :], opened[j]], 2)
+                    new[f"past_{kv}_{i:02d}"] = torch.where(full[..., None], moved, memory[j])
+                new[f"past_open_{kv}_{i:02d}"] = torch.where(full[..., None], torch.zeros_like(opened[j]), opened[j])
+        return new
+
+    def _embed(self, inputs: Tensor) -> Tensor:
+        return (self.model.embed_tokens(inputs) if inputs.dim() == 2 else inputs).float()
+
+    def _next_count(self, count: Tensor) -> Tensor:
+        return (count + 1).clamp(max=max(self.config.memory_segments, 1))
+
+    def _past(self, state: State) -> Iterator[tuple[Tensor | None, Tensor | None, KV | None]]:
+        """Of each layer: F_{tau-1} and its residual (F_0 and zeros in a stream's first block), and the past blocks."""
+        started = (state["past_count"] > 0)[:, None, None]
+        first = self.initial_fam() if self.config.fam_length and self.fam_init is None else self.fam_init
+        for i in range(self.config.num_hidden_layers):
+            fam = residual = memory = None
+            if first is not None:
+                past = state[f"past_fam_{i:02d}"].float()
+                fam = torch.where(started, past, first[i])
+                residual = torch.where(started, past, torch.zeros_like(first[i]))
+            if self.config.memory_segments:
+                memory = state[f"past_key_{i:02d}"], state[f"past_value_{i:02d}"]
+            yield fam, residual, memory
+
     def _logits(self, x: Tensor) -> Tensor:
         x = self.model.norm(x)
         return (F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)).float()
 
     def _token_mask(self, count: Tensor) -> Tensor:
-        """What a token row sees, bool [b, 1, T, M*T+F+T]: filled memory slots, all of FAM, its own block causally."""
-        c, t, f = self.config, self.config.block_size, self.config.fam_length
-        own = torch.ones(t, f + t, dtype=torch.bool, device=count.device).tril(f)
-        own = own[None, None].expand(count.shape[0], 1, t, f + t)
-        if not c.memory_segments:
-            return own
+        """What a token row of a block sees, bool [b, 1, T, M*T+F+T]."""
+        t = self.config.block_size
+        own = torch.ones(t, t, dtype=torch.bool, device=count.device).tril()
+        return self._columns(count, own.expand(count.shape[0], t, t))
+
+    def _columns(self, count: Tensor, own: Tensor) -> Tensor:
+        """Filled memory slots, all of FAM, and ``own`` [b, n, T] of the block: bool [b, 1, n, M*T+F+T]."""
+        c, (b, n, t) = self.config, own.shape
         slots = torch.arange(c.memory_segments * t, device=count.device)
         filled = slots >= (c.memory_segments - count)[:, None] * t  # the oldest slots stay empty longest
-        return torch.cat([filled[:, None, None].expand(-1, 1, t, -1), own], 3)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention with grouped key/value heads: q [b, H, n, Dh], k and v [b, Hkv, m, Dh]."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def rotate(x: Tensor, table: Rotary) -> Tensor:
-    """Rotary embedding of x [b, heads, n, Dh], pairs (i, i + Dh/2) as in Hugging Face's Llama."""
-    cos, sin = (t.to(x.dtype) for t in table)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def rotary_tables(config: FamConfig) -> dict[str, Rotary]:
-    """The four constant tables, computed in float64, given in float32: query, key, memory, prompt."""
-    c, t, f = config, config.block_size, config.fam_length
-    tokens = torch.arange(t)
-    before, inside = torch.arange(-f, 0), torch.arange(t - f, t)
-    positions = {
-        "query": torch.cat([inside if c.fam_query_position == "current" else before, tokens]),
-        "key": torch.cat([before, tokens]),
-        "memory": torch.arange(-c.memory_segments * t, 0),
-        "prompt": before,
-    }
-    inverse = inverse_frequencies(config)
-    angles = {name: p.double()[:, None] * inverse for name, p in positions.items()}
-    return {name: (a.cos().float(), a.sin().float()) for name, a in angles.items()}
-
-
-def inverse_frequencies(config: FamConfig) -> Tensor:
-    """theta ** (-2i/Dh), float64 [Dh/2], with Llama 3's scaling of low frequencies where the base model has it."""
-    inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    s = config.rope_scaling
-    if s is None:
-        return inverse
-    wavelength = 2 * math.pi / inverse
-    turns = s.original_max_position_embeddings / wavelength
-    smooth = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-    return inverse * (smooth + (1 - smooth) / s.factor)
+        seen = [filled[:, None].expand(b, n, -1), own.new_ones(b, n, c.fam_length), own]
+        return torch.cat([columns for columns in seen if columns.shape[-1]], 2)[:, None]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import famexport.model as model_module
+import famexport.rotary as rotary_module
 from famexport.config import FamConfig, Llama3Scaling
 from famexport.model import FamModel, Layer, State
 from tests.literal import LiteralStream, initial_fam, whole_sequence
@@ -648,16 +649,16 @@ def feed_forward_skips_fam(patch: pytest.MonkeyPatch) -> None:
 
 def off_by_one(table: str, rows: slice) -> Callable[[pytest.MonkeyPatch], None]:
     def sabotage(patch: pytest.MonkeyPatch) -> None:
-        plain = model_module.rotary_tables
+        plain = rotary_module.rotary_tables
 
         def tables(config: FamConfig) -> dict[str, tuple[Tensor, Tensor]]:
-            found, step = plain(config), model_module.inverse_frequencies(config)
+            found, step = plain(config), rotary_module.inverse_frequencies(config)
             cos, sin = (part.clone() for part in found[table])
             a, b = cos[rows].clone(), sin[rows].clone()
             cos[rows], sin[rows] = a * step.cos() - b * step.sin(), b * step.cos() + a * step.sin()
             return found | {table: (cos, sin)}
 
-        patch.setattr(model_module, "rotary_tables", tables)
+        patch.setattr(rotary_module, "rotary_tables", tables)
 
     return sabotage
 

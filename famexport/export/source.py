@@ -15,7 +15,8 @@ from famexport.config import FamConfig
 from famexport.contract import ITEM_BYTES, PRECISION_DTYPE, StepContract
 from famexport.errors import ContractError, NumericError, UsageError, raise_problems
 from famexport.export.trace import Step
-from famexport.model import FamModel, Rope, State
+from famexport.model import FamModel, State
+from famexport.rotary import Rope
 from famexport.tensorfile import TensorEntry
 
 FAM_INIT = "fam_init"
