@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from famexport.contract import METADATA_KEY, StepContract
+from famexport.contract import GRAPH_KEY, METADATA_KEY, StepContract
 from famexport.errors import BundleError, ContractError, FamExportError, UsageError
 from famexport.manifest import (
     AGAIN,
@@ -324,6 +324,9 @@ def _graph_problems(name: str, data: bytes, manifest: Manifest) -> list[str]:
                 problems.append(f"{name} carries a contract that differs from the manifest's")
         except (BundleError, ContractError) as exc:
             problems.append(f"{name} carries a damaged contract: {exc}")
+    expected = {n: graph for graph, files in manifest.graphs.items() for n in (files.file, *files.variants.values())}
+    if (graph := facts.metadata.get(GRAPH_KEY)) != expected[name]:
+        problems.append(f"{name} says it is {graph!r:.80}, the manifest has it as {expected[name]}")
     if found := facts.op_types & SUBGRAPH_OPS:
         problems.append(f"{name} uses {', '.join(sorted(found))}; a step graph has no control flow")
     if name in {graph.file for graph in manifest.graphs.values()}:

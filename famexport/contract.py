@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 METADATA_KEY = "famexport.contract"  # the contract inside an ONNX file's metadata_props
+GRAPH_KEY = "famexport.graph"  # and which of its graphs the file is
 PAST, PRESENT = "past_", "present_"
 DYNAMIC = "batch"  # the symbolic batch dimension
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}

@@ -229,8 +229,8 @@ def _check_tree(tree: dict[str, Any], problems: list[str]) -> StepContract | Non
         if sound.get(key, 1) < 1:
             problems.append(f"{key} is {sound[key]}, expected at least 1")
     graphs, files = sound.get("graphs", {}), sound.get("files", {})
-    if contract and set(graphs) != set(contract.graphs):
-        problems.append(f"graphs are {sorted(graphs)!r:.200}, the contract has {sorted(contract.graphs)}")
+    if contract and set(graphs) != set(contract.graph_names):
+        problems.append(f"graphs are {sorted(graphs)!r:.200}, the contract has {sorted(contract.graph_names)}")
     named = [(key, sound[key]) for key in ("weights", "tokenizer", "golden") if sound.get(key) is not None]
     for graph, value in graphs.items():
         if _check_object(f"graph {graph!r:.80}", value, {"file": (str,), "variants": (dict,)}, problems):

@@ -14,6 +14,7 @@ are computed in float32 anyway.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,9 +162,9 @@ class FamModel(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("fam_init", None, persistent=False)
 
-    def contract(self, precision: str = "fp32", batch: int | str = 1, **options: str) -> StepContract:
+    def contract(self, precision: str = "fp32", batch: int | str = 1, **options: Any) -> StepContract:
         """The step contract of this model at a precision and batch; options as in ``contract_for``."""
-        return contract_for(self.config, precision, batch, **options)  # type: ignore[arg-type]
+        return contract_for(self.config, precision, batch, **options)
 
     def initial_fam(self) -> Tensor:
         """F_0 of every layer [L, F, D], float32: the summary embeddings sent up the stack, seeing only each other."""

@@ -20,12 +20,14 @@ from famexport.contract import StepContract
 from famexport.errors import FamExportError, ParityError
 from famexport.export.source import Reference
 from famexport.runtime.backend import STORAGE, Loop, to_public
+from famexport.runtime.chunks import chunk_plan
 from famexport.runtime.golden import GOLDEN_BLOCKS, Golden, relative_error
 
 # Largest relative error ||a - b|| / ||b|| of one block's logits or of one state tensor, by precision
 TOLERANCES = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1.5e-1}
 FULL_BLOCKS = 256
 FLOP_BUDGET = 1.5e12  # of the float32 reference: about ten seconds on two CPU cores
+BYTE_BUDGET = 1e11  # of weights read by append_step: about ten seconds at 10 GB/s
 GROWTH_LIMIT = 2.0
 
 
@@ -69,6 +71,12 @@ def default_blocks(flops_per_block: int | None, contract: StepContract) -> int:
     return int(min(FULL_BLOCKS, max(2, FLOP_BUDGET // flops_per_block)))
 
 
+def append_blocks(weight_bytes: int | None, contract: StepContract) -> int:
+    """Blocks to compare when they are made of chunks: each chunk reads all weights."""
+    read = len(chunk_plan(contract)) * (weight_bytes or 1)
+    return int(min(FULL_BLOCKS, max(2, BYTE_BUDGET // read)))
+
+
 def check_parity(
     loop: Loop,
     reference: Reference,
@@ -78,6 +86,7 @@ def check_parity(
     seed: int = 0,
     release: Callable[[], None] = lambda: None,
     folder: Path | None = None,
+    advance: Callable[[np.ndarray, np.ndarray], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Parity, Golden]:
     """Run ``loop``, then ``reference``, over the same random input, and compare logits and state after every block.
@@ -89,6 +98,7 @@ def check_parity(
     Args:
         release: called when ``loop`` has done its part, to give back its memory.
         folder: where the temporary file goes.
+        advance: how ``loop`` takes a block; ``loop.advance`` unless given.
     Returns:
         the measured curves, and the reference's first blocks as a golden rollout.
     Raises:
@@ -97,14 +107,14 @@ def check_parity(
     contract, batch = loop.contract, loop.batch
     report = Parity(blocks, batch, tolerance, seed)
     reset_at = max(1, blocks // 3) if batch > 1 else blocks
-    step = progress or (lambda done, total: None)
+    step, advance = progress or (lambda done, total: None), advance or loop.advance
     with tempfile.TemporaryFile(dir=folder) as spool:
         inputs = np.random.default_rng(seed)
         out = np.empty(contract.outputs[0].sized(batch), np.float32)
         for block in range(blocks):
             if block == reset_at:
                 loop.zero([batch - 1])
-            loop.advance(random_input(contract, batch, inputs), out)
+            advance(random_input(contract, batch, inputs), out)
             loop.commit()
             spool.write(out.data)
             report.fam_norm.append(_spool_state(loop, spool))

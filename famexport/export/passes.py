@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from famexport.contract import METADATA_KEY, StepContract
+from famexport.contract import GRAPH_KEY, METADATA_KEY, StepContract
 from famexport.errors import ContractError, FamExportError, raise_problems
 from famexport.tensorfile import TensorEntry
 
@@ -85,30 +85,28 @@ def bind_weights(model: ir.Model, entries: Mapping[str, TensorEntry], location: 
     raise_problems(FamExportError, "exported graph", [f"initialiser {name} has no data" for name in empty])
 
 
-def attach_contract(model: ir.Model, contract: StepContract, facts: Mapping[str, str]) -> None:
+def attach_contract(model: ir.Model, contract: StepContract, name: str, facts: Mapping[str, str]) -> None:
     """Write the contract and ``facts`` into the file's metadata, and name the graph.
 
-    Ensures: the graph's inputs and outputs are exactly the contract's, in order, dtype and shape.
+    Ensures: the graph's inputs and outputs are exactly those that the contract has for ``name``, in order, dtype and
+    shape.
     """
-    graph = model.graph
-    problems = []
-    if [v.name for v in graph.inputs] != contract.input_names:
-        problems.append(f"inputs are {[v.name for v in graph.inputs]}, expected {contract.input_names}")
-    if [v.name for v in graph.outputs] != contract.output_names:
-        problems.append(f"outputs are {[v.name for v in graph.outputs]}, expected {contract.output_names}")
+    graph, io, problems = model.graph, contract.graph(name), []
+    for what, values, specs in (("inputs", graph.inputs, io.taken), ("outputs", graph.outputs, io.given)):
+        if (got := [v.name for v in values]) != (expected := [s.name for s in specs]):
+            problems.append(f"{what} are {got}, expected {expected}")
     if not problems:
-        specs = (*contract.inputs, *contract.states, *contract.outputs, *contract.states)
-        for value, spec in zip((*graph.inputs, *graph.outputs), specs, strict=True):
+        for value, spec in zip((*graph.inputs, *graph.outputs), io.taken + io.given, strict=True):
             shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape or ())
             dtype = str(value.dtype).lower()
             dtype = "float32" if dtype == "float" else dtype
             if shape != spec.shape or dtype != spec.dtype:
                 problems.append(f"{value.name} is {dtype} {list(shape)}, expected {spec.dtype} {list(spec.shape)}")
     raise_problems(ContractError, "the step does not keep its contract", problems)
-    graph.name = "block_step"
+    graph.name = name
     model.producer_name, model.producer_version = "famexport", None
     model.metadata_props.clear()
-    model.metadata_props.update({METADATA_KEY: contract.to_json(), **facts})
+    model.metadata_props.update({METADATA_KEY: contract.to_json(), GRAPH_KEY: name, **facts})
 
 
 def emulate_bfloat16(model: ir.Model) -> None:
@@ -168,7 +166,7 @@ def emulate_bfloat16(model: ir.Model) -> None:
             raise FamExportError(f"bfloat16 emulation left {node.op_type} {node.name} in bfloat16")
 
 
-def infer_types(model: ir.Model, contract: StepContract) -> None:
+def infer_types(model: ir.Model) -> None:
     """Give every value its dtype and shape, by ONNX shape inference on the graph without its weights' data."""
     common.ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True)(model)
     untyped = [o.name for node in model.graph for o in node.outputs if o.dtype is None]

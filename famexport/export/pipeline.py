@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,17 @@ from famexport.checkpoint import Checkpoint, open_checkpoint
 from famexport.contract import PRECISION_DTYPE
 from famexport.errors import FamExportError, UsageError
 from famexport.export import passes
-from famexport.export.parity import TOLERANCES, Parity, check_parity, default_blocks
+from famexport.export.parity import TOLERANCES, Parity, append_blocks, check_parity, default_blocks
 from famexport.export.source import Source, checkpoint_source, module_source
-from famexport.export.trace import trace_step
+from famexport.export.trace import IR_VERSIONS, trace_step
 from famexport.manifest import GraphFiles, Manifest
 from famexport.publish import staged_directory
+from famexport.runtime.chunks import advance_by_chunks
 from famexport.runtime.golden import Golden
 from famexport.runtime.ort import OrtCpu, import_onnxruntime
 from famexport.tensorfile import TensorEntry, write_tensors
 
-GRAPH, GRAPH_CPU, WEIGHTS = "block_step.onnx", "block_step.ort-cpu.onnx", "weights.safetensors"
-GOLDEN, TOKENIZER = "golden.safetensors", "tokenizer.json"
+WEIGHTS, GOLDEN, TOKENIZER = "weights.safetensors", "golden.safetensors", "tokenizer.json"
 DEFAULT_OPSET = 20
 _DYNAMIC_PARITY_BATCH = 2
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
@@ -44,6 +45,8 @@ def export_bundle(
     batch: int | str = 1,
     inputs: str = "tokens",
     logits: str = "all",
+    graphs: str = "block",
+    chunks: Sequence[int] = (1,),
     parity_blocks: int | None = None,
     tolerance: float | None = None,
     seed: int = 0,
@@ -58,6 +61,8 @@ def export_bundle(
         batch: rows, or ``"dynamic"``.
         inputs: ``tokens`` or ``inputs_embeds``.
         logits: ``all`` rows of the block or the ``last``.
+        graphs: ``block`` gives block_step; ``all`` gives append_step and commit_block too, over the same weight file.
+        chunks: widths of append_step, one graph each: positions that it takes at once.
         parity_blocks: blocks to compare; by default 256, fewer for models that take long.
         tolerance: largest relative error allowed; by default that of the precision.
         seed: of the parity check's random input.
@@ -69,19 +74,17 @@ def export_bundle(
         ParityError: the export differs; nothing is published.
         CheckpointError, ConfigError, ContractError: bad input.
     """
-    _check_options(precision, batch, inputs, logits)
+    chunks = _check_options(precision, batch, inputs, logits, graphs, chunks)
     _check_parity_options(parity_blocks, tolerance, seed)
     report: Progress = progress or (lambda stage, done, total: None)
     import_onnxruntime()  # the parity check needs it: better missed now than after the tracing
-    what = _source(source, precision, batch, inputs, logits)
-    if isinstance(source, nn.Module) and (precision, batch, inputs, logits) != ("fp32", 1, "tokens", "all"):
+    what = _source(source, precision, batch, inputs, logits, chunks)
+    if isinstance(source, nn.Module) and (precision, batch, inputs, logits, chunks) != ("fp32", 1, "tokens", "all", ()):
         raise UsageError("a module is exported as its own contract says; precision, batch, inputs and logits go there")
     with staged_directory(Path(out), is_bundle, "bundle") as temp:
-        report("trace", 0, 1)
-        model = trace_step(what.module, what.step, what.contract, opset, what.device)
-        report("trace", 1, 1)
-        graphs = _write_graphs(temp, model, what, precision, report)
-        parity, golden = _compare(temp, graphs, what, precision, parity_blocks, tolerance, seed, report)
+        models = _trace(what, opset, report)
+        files = _write_graphs(temp, models, what, precision, report)
+        parity, golden = _compare(temp, files, what, precision, parity_blocks, tolerance, seed, report)
         (temp / GOLDEN).write_bytes(golden.to_bytes())
         if what.tokenizer:
             (temp / TOKENIZER).write_bytes(what.tokenizer)
@@ -91,14 +94,14 @@ def export_bundle(
             fam_trained=what.fam_trained,
             precision=precision,
             opset=opset,
-            ir_version=int(model.ir_version),
-            graphs={"block_step": graphs},
+            ir_version=IR_VERSIONS[opset],
+            graphs=files,
             weights=WEIGHTS if (temp / WEIGHTS).exists() else None,
             tokenizer=TOKENIZER if what.tokenizer else None,
             golden=GOLDEN,
             files=describe_files(temp),
             versions=_versions(),
-            parity=parity.to_dict(),
+            parity=parity,
             cost=dict(what.cost),
             engines={},
         )
@@ -106,14 +109,24 @@ def export_bundle(
     return open_bundle(out)
 
 
-def _check_options(precision: str, batch: int | str, inputs: str, logits: str) -> None:
-    allowed = {"precision": (precision, tuple(PRECISION_DTYPE)), "inputs": (inputs, ("tokens", "inputs_embeds"))}
-    allowed["logits"] = (logits, ("all", "last"))
+def _check_options(
+    precision: str, batch: int | str, inputs: str, logits: str, graphs: str, chunks: Sequence[int]
+) -> tuple[int, ...]:
+    """The chunk widths that the options amount to."""
+    allowed = {
+        "precision": (precision, tuple(PRECISION_DTYPE)),
+        "inputs": (inputs, ("tokens", "inputs_embeds")),
+        "logits": (logits, ("all", "last")),
+        "graphs": (graphs, ("block", "all")),
+    }
     for name, (value, choices) in allowed.items():
         if value not in choices:
             raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     if batch != "dynamic" and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
         raise UsageError(f"batch must be a positive number or 'dynamic', got {batch!r}")
+    if not chunks or any(not isinstance(c, int) or isinstance(c, bool) or c < 1 for c in chunks):
+        raise UsageError(f"chunks must be positive numbers of positions, got {list(chunks)}")
+    return tuple(sorted(set(chunks))) if graphs == "all" else ()
 
 
 def _check_parity_options(blocks: int | None, tolerance: float | None, seed: int) -> None:
@@ -126,69 +139,104 @@ def _check_parity_options(blocks: int | None, tolerance: float | None, seed: int
 
 
 def _source(
-    source: str | Path | Checkpoint | nn.Module, precision: str, batch: int | str, inputs: str, logits: str
+    source: str | Path | Checkpoint | nn.Module,
+    precision: str,
+    batch: int | str,
+    inputs: str,
+    logits: str,
+    chunks: tuple[int, ...],
 ) -> Source:
     if isinstance(source, nn.Module):
         return module_source(source)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    return checkpoint_source(checkpoint, precision, batch, inputs=inputs, logits=logits)
+    if chunks and chunks[-1] > checkpoint.config.block_size:
+        raise UsageError(f"a chunk of {chunks[-1]} does not fit a block of {checkpoint.config.block_size} positions")
+    return checkpoint_source(checkpoint, precision, batch, inputs=inputs, logits=logits, chunks=chunks)
 
 
-def _write_graphs(temp: Path, model: ir.Model, what: Source, precision: str, report: Progress) -> GraphFiles:
-    """Weight file, portable graph, and the graph for CPUs where that must be another one."""
-    initializers = model.graph.initializers
-    for name in what.weights:
-        if name in initializers:
-            initializers[name].const_value = None  # nothing may read or fold a weight
-    passes.fill_constants(model, what.constants)
-    passes.clean(model)
-    used = [entry for name, entry in what.weights.items() if name in initializers]
+def _trace(what: Source, opset: int, report: Progress) -> dict[str, ir.Model]:
+    """Each graph of the contract, clean, its weights without data."""
+    names, models = what.contract.graph_names, {}
+    report("trace", 0, len(names))
+    for done, name in enumerate(names, 1):
+        io = what.contract.graph(name)
+        models[name] = trace_step(what.module, what.steps["append_step" if io.chunk else name], io, opset, what.device)
+        for value in models[name].graph.initializers.values():
+            if value.name in what.weights:
+                value.const_value = None  # nothing may read or fold a weight
+        passes.fill_constants(models[name], what.constants)
+        passes.clean(models[name])
+        report("trace", done, len(names))
+    return models
+
+
+def _write_graphs(
+    temp: Path, models: Mapping[str, ir.Model], what: Source, precision: str, report: Progress
+) -> dict[str, GraphFiles]:
+    """The weight file that all graphs share, each graph, and the one for CPUs where that must be another."""
+    read = {name for model in models.values() for name in model.graph.initializers}
+    used = [entry for name, entry in what.weights.items() if name in read]
     placed: dict[str, TensorEntry] = {}
     if used:
         placed = write_tensors(
             temp / WEIGHTS, used, what.load, progress=lambda done, total: report("weights", done, total)
         )
-    facts = {"famexport.precision": precision}
-    if precision == "bf16":
-        passes.infer_types(model, what.contract)
-    passes.bind_weights(model, placed, WEIGHTS)
-    passes.attach_contract(model, what.contract, facts)
-    (temp / GRAPH).write_bytes(passes.serialize(model))
-    if precision != "bf16":
-        return GraphFiles(GRAPH, {})
-    passes.emulate_bfloat16(model)
-    (temp / GRAPH_CPU).write_bytes(passes.serialize(model))
-    return GraphFiles(GRAPH, {"ort-cpu": GRAPH_CPU})
+    files = {}
+    for name, model in models.items():
+        files[name] = GraphFiles(f"{name}.onnx", {"ort-cpu": f"{name}.ort-cpu.onnx"} if precision == "bf16" else {})
+        if precision == "bf16":
+            passes.infer_types(model)
+        passes.bind_weights(model, placed, WEIGHTS)
+        passes.attach_contract(model, what.contract, name, {"famexport.precision": precision})
+        (temp / files[name].file).write_bytes(passes.serialize(model))
+        if precision == "bf16":
+            passes.emulate_bfloat16(model)
+            (temp / files[name].variants["ort-cpu"]).write_bytes(passes.serialize(model))
+    return files
 
 
 def _compare(
     temp: Path,
-    graphs: GraphFiles,
+    files: Mapping[str, GraphFiles],
     what: Source,
     precision: str,
     blocks: int | None,
     tolerance: float | None,
     seed: int,
     report: Progress,
-) -> tuple[Parity, Golden]:
+) -> tuple[dict[str, Any], Golden]:
+    """Compare block_step, and where they are there append_step and commit_block, with the reference's block step."""
     _return_large_buffers()
-    backend = OrtCpu(what.contract, precision, temp / graphs.variants.get("ort-cpu", graphs.file))
-    loop = backend.open(_DYNAMIC_PARITY_BATCH if what.contract.batch == "dynamic" else None)
+    contract, reference = what.contract, what.reference()
+    graphs = {name: temp / graph.variants.get("ort-cpu", graph.file) for name, graph in files.items()}
+    weights = temp / WEIGHTS if (temp / WEIGHTS).exists() else None
 
-    def release() -> None:
-        loop.close()
-        backend.close()
+    def compare(stage: str, blocks: int, by_chunks: bool) -> tuple[Parity, Golden]:
+        backend = OrtCpu(contract, precision, graphs, weights)
+        loop = backend.open(_DYNAMIC_PARITY_BATCH if contract.batch == "dynamic" else None)
 
-    return check_parity(
-        loop,
-        what.reference(),
-        blocks=blocks or default_blocks(what.cost.get("flops_per_block"), what.contract),
-        tolerance=TOLERANCES[precision] if tolerance is None else tolerance,
-        seed=seed,
-        release=release,
-        folder=temp,
-        progress=lambda done, total: report("parity", done, total),
-    )
+        def release() -> None:
+            loop.close()
+            backend.close()
+
+        return check_parity(
+            loop,
+            reference,
+            blocks=blocks,
+            tolerance=TOLERANCES[precision] if tolerance is None else tolerance,
+            seed=seed,
+            release=release,
+            folder=temp,
+            advance=partial(advance_by_chunks, loop) if by_chunks else None,
+            progress=lambda done, total: report(stage, done, total),
+        )
+
+    parity, golden = compare("parity", blocks or default_blocks(what.cost.get("flops_per_block"), contract), False)
+    found = parity.to_dict()
+    if contract.chunks:
+        wanted = min(parity.blocks, append_blocks(what.cost.get("weight_bytes_read"), contract))
+        found["append"] = compare("append", wanted, True)[0].to_dict()
+    return found, golden
 
 
 def _return_large_buffers() -> None:

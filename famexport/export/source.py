@@ -31,6 +31,7 @@ class Source:
     """A step ready to be traced, and where its weights come from.
 
     Args:
+        steps: what each graph of the contract traces, by kind (``append_step`` for every chunk).
         weights: every tensor that may go to the weight file, in the dtype it gets there.
         load: a weight's bytes, in that dtype.
         constants: small tensors whose values are known now, by the name they have in the module.
@@ -38,7 +39,7 @@ class Source:
     """
 
     module: nn.Module
-    step: Step
+    steps: Mapping[str, Step]
     contract: StepContract
     device: str
     weights: Mapping[str, TensorEntry]
@@ -52,7 +53,13 @@ class Source:
 
 
 def checkpoint_source(
-    checkpoint: Checkpoint, precision: str, batch: int | str, *, inputs: str = "tokens", logits: str = "all"
+    checkpoint: Checkpoint,
+    precision: str,
+    batch: int | str,
+    *,
+    inputs: str = "tokens",
+    logits: str = "all",
+    chunks: tuple[int, ...] = (),
 ) -> Source:
     """A checkpoint at a precision. Nothing but F_0's computation reads a weight before it is written."""
     config = checkpoint.config
@@ -63,7 +70,7 @@ def checkpoint_source(
     if config.fam_length:
         shape = (config.num_hidden_layers, config.fam_length, config.hidden_size)
         module.fam_init = torch.empty(shape, device="meta")
-    contract = module.contract(precision, batch, inputs=inputs, logits=logits)
+    contract = module.contract(precision, batch, inputs=inputs, logits=logits, chunks=chunks)
     weights = {n: TensorEntry(n, PRECISION_DTYPE[precision], tuple(p.shape)) for n, p in module.named_parameters()}
     if config.fam_length:
         weights[FAM_INIT] = TensorEntry(
@@ -84,7 +91,11 @@ def checkpoint_source(
     table = Rope(config).named_buffers()
     return Source(
         module=module,
-        step=lambda fed, state: module.step(fed, state, logits=logits),
+        steps={
+            "block_step": lambda fed, state: module.step(fed, state, logits=logits),
+            "append_step": lambda fed, length, state: module.append(fed, length, state, logits=logits),
+            "commit_block": module.commit,
+        },
         contract=contract,
         device="meta",
         weights=weights,
@@ -112,6 +123,8 @@ def module_source(module: nn.Module) -> Source:
             f"{type(module).__name__} needs a method step(tokens, state) -> (logits, state) and a StepContract "
             "named contract; samples/own_module.py shows one"
         )
+    if contract.graphs != ("block_step",):
+        raise ContractError(f"{type(module).__name__}: a module has one graph, block_step; got {list(contract.graphs)}")
     fed = contract.inputs[0]
     if len(contract.inputs) != 1 or fed.dtype not in ("int64", "float32"):
         wanted = "one input is supported, int64 ids or float32 rows"
@@ -137,7 +150,7 @@ def module_source(module: nn.Module) -> Source:
     large = {n: t for n, t in tensors.items() if t.nbytes >= INLINE_BYTES or t.dtype == torch.bfloat16}
     return Source(
         module=module,
-        step=step,
+        steps={"block_step": step},
         contract=contract,
         device="cpu",
         weights={n: TensorEntry(n, dtypes[n], tuple(t.shape)) for n, t in large.items()},

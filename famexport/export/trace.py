@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from famexport.contract import DYNAMIC, StepContract
+from famexport.contract import DYNAMIC, GraphIO
 from famexport.errors import ContractError, FamExportError, UsageError, raise_problems
 from famexport.export.translations import primitive_translations
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Step = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # (input, state) -> (logits, state)
+Step = Callable[..., Any]  # (*inputs, state) -> (logits, new state), or the new state where there are no logits
 
 # opset -> IR version: the oldest that the opset allows, so that older runtimes load the file
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
@@ -30,15 +30,15 @@ _DYNAMIC_EXAMPLE = 2  # a batch of 1 would be taken for a constant
 class FlatStep(nn.Module):
     """The step with flat inputs and outputs in contract order, which become the graph's own."""
 
-    def __init__(self, module: nn.Module, step: Step, contract: StepContract) -> None:
+    def __init__(self, module: nn.Module, step: Step, io: GraphIO) -> None:
         super().__init__()
         self.module = module  # registered, so that its parameters keep their names
-        self.contract = contract
+        self.io = io
         self._call = step
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        fed, past = tensors[: len(self.contract.inputs)], tensors[len(self.contract.inputs) :]
-        state = {spec.name: tensor for spec, tensor in zip(self.contract.states, past, strict=True)}
+        fed, past = tensors[: len(self.io.inputs)], tensors[len(self.io.inputs) :]
+        state = {spec.name: tensor for spec, tensor in zip(self.io.states, past, strict=True)}
         outputs = self._ordered(self._call(*fed, state))
         taken = [*tensors]  # an output that is an input, or another output, would share its name in the graph
         for i, tensor in enumerate(outputs):
@@ -48,25 +48,29 @@ class FlatStep(nn.Module):
 
     def _ordered(self, result: Any) -> list[Tensor]:
         """What the step gave, as [logits, *states] in contract order."""
+        if self.io.logits is None:
+            result = None, result
         if not (isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[1], Mapping)):
             raise ContractError(f"the step must return (logits, state), got {type(result).__name__}")
         logits, new = result
-        names = [spec.name for spec in self.contract.states]
+        names = [spec.name for spec in self.io.new]
         problems = [f"the new state lacks {name}" for name in names if name not in new]
         problems += [
             f"the new state has {name!r:.80}, which the contract does not" for name in new if name not in names
         ]
-        outputs = [logits, *(new[name] for name in names if name in new)]
+        outputs = [logits] if self.io.logits else []
+        outputs += [new[name] for name in names if name in new]
         problems += [f"{type(o).__name__} given where a tensor belongs" for o in outputs if not isinstance(o, Tensor)]
         raise_problems(ContractError, "the step does not keep its contract", problems)
         return outputs
 
 
-def trace_step(module: nn.Module, step: Step, contract: StepContract, opset: int, device: str = "meta") -> ir.Model:
+def trace_step(module: nn.Module, step: Step, io: GraphIO, opset: int, device: str = "meta") -> ir.Model:
     """The step as an ``onnx_ir.Model`` whose initialisers carry the parameters' own names and no data.
 
     Args:
         module: owner of the parameters and buffers that ``step`` uses.
+        io: the graph that it becomes.
         device: where they live: "meta" where they hold no data.
     Raises:
         UsageError: an opset famexport does not write.
@@ -75,15 +79,15 @@ def trace_step(module: nn.Module, step: Step, contract: StepContract, opset: int
     """
     if opset not in IR_VERSIONS:
         raise UsageError(f"opset {opset} is not supported; expected one of {', '.join(map(str, IR_VERSIONS))}")
-    dynamic = contract.batch == "dynamic"
-    batch = _DYNAMIC_EXAMPLE if dynamic else int(contract.batch)
-    specs = (*contract.inputs, *contract.states)
-    args = tuple(torch.zeros(spec.sized(batch), dtype=getattr(torch, spec.dtype), device=device) for spec in specs)
+    specs, dynamic = io.taken, io.taken[0].shape[0] == DYNAMIC
+    args = tuple(
+        torch.zeros(spec.sized(_DYNAMIC_EXAMPLE), dtype=getattr(torch, spec.dtype), device=device) for spec in specs
+    )
     axis = torch.export.Dim("batch") if dynamic else None
     shapes = {"tensors": tuple({0: axis} for _ in specs)} if dynamic else None
     with torch.no_grad(), _quiet():
         try:
-            program = torch.export.export(FlatStep(module, step, contract), args, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(FlatStep(module, step, io), args, dynamic_shapes=shapes, strict=False)
         except FamExportError:
             raise
         except Exception as exc:  # whatever the step's own code and torch raise
@@ -97,8 +101,8 @@ def trace_step(module: nn.Module, step: Step, contract: StepContract, opset: int
                 opset_version=opset,
                 optimize=False,
                 verbose=False,
-                input_names=contract.input_names,
-                output_names=contract.output_names,
+                input_names=[spec.name for spec in io.taken],
+                output_names=[spec.name for spec in io.given],
                 custom_translation_table=primitive_translations() if opset < NATIVE_ATTENTION_OPSET else None,
             )
         except Exception as exc:

@@ -59,30 +59,46 @@ def check_array(array: object, spec: TensorSpec, batch: int, dtype: Any = None) 
 
 
 class Loop(ABC):
-    """The state of one stream on a backend: read by ``advance``, replaced by ``commit``."""
+    """The state of one batch of streams on a backend.
+
+    ``advance``, ``append`` and ``end_block`` read it and compute a new one aside; ``commit`` makes that the current.
+    """
 
     def __init__(self, contract: StepContract, batch: int) -> None:
         self.contract, self.batch = contract, batch
 
     @abstractmethod
     def advance(self, fed: np.ndarray, out: np.ndarray) -> None:
-        """Run one block from the current state: logits into ``out``, the new state aside. Both arrays are checked."""
+        """``block_step``: a block, logits into ``out``. Arrays are checked before, here and below."""
 
     @abstractmethod
-    def commit(self) -> None:
-        """Make the state that the last ``advance`` computed the current one."""
+    def append(self, fed: np.ndarray, length: np.ndarray, out: np.ndarray) -> None:
+        """``append_step``: a chunk [b, c] of which ``length`` [b] positions count in each row, logits into ``out``."""
 
     @abstractmethod
-    def tensor(self, name: str) -> np.ndarray:
-        """A copy of one tensor of the current state, in its storage dtype."""
+    def end_block(self) -> None:
+        """``commit_block``: rows whose open block is full go on to the next."""
 
-    def read(self) -> Arrays:
+    @abstractmethod
+    def commit(self, rows: Sequence[int] | None = None) -> None:
+        """Make what the last call computed the current state, in all rows, or in ``rows`` while others stay."""
+
+    @abstractmethod
+    def bad_rows(self, logits: np.ndarray | None = None, lengths: np.ndarray | None = None) -> list[int]:
+        """Rows in which the last call computed NaN or infinity (R8): in the new state, or in ``logits`` [b, n, V], of
+        which ``lengths`` positions count where that is given."""
+
+    @abstractmethod
+    def tensor(self, name: str, row: int | None = None) -> np.ndarray:
+        """A copy of one tensor of the current state, or of one row of it ([1, ...]), in its storage dtype."""
+
+    def read(self, row: int | None = None) -> Arrays:
         """Copies of the current state, by contract name, in storage dtypes."""
-        return {spec.name: self.tensor(spec.name) for spec in self.contract.states}
+        return {spec.name: self.tensor(spec.name, row) for spec in self.contract.all_states}
 
     @abstractmethod
-    def write(self, state: Mapping[str, np.ndarray]) -> None:
-        """Replace the current state. The arrays are checked."""
+    def write(self, state: Mapping[str, np.ndarray], row: int | None = None) -> None:
+        """Replace the current state, or one row of it. The arrays are checked."""
 
     @abstractmethod
     def zero(self, rows: Sequence[int] | None) -> None:
@@ -92,42 +108,15 @@ class Loop(ABC):
         """Give back what the loop holds."""
 
     def state_problems(self, state: Mapping[str, Any]) -> list[str]:
-        names = {spec.name for spec in self.contract.states}
+        specs = self.contract.all_states
+        names = {spec.name for spec in specs}
         found = [f"missing state {name}" for name in sorted(names - set(state))]
         found += [f"unknown state {name}" for name in sorted(set(state) - names)]
-        for spec in self.contract.states:
+        for spec in specs:
             if spec.name in state:
                 public = np.float32 if spec.dtype == "bfloat16" else None
                 found += check_array(state[spec.name], spec, self.batch, public)
         return found
-
-
-class HostLoop(Loop):
-    """A loop whose state lives in host memory, in two buffers that take turns: nothing is allocated per block."""
-
-    def __init__(self, contract: StepContract, batch: int) -> None:
-        super().__init__(contract, batch)
-        self.buffers: tuple[Arrays, Arrays] = (self._zeros(), self._zeros())
-        self.current = 0
-
-    def _zeros(self) -> Arrays:
-        return {s.name: np.zeros(s.sized(self.batch), STORAGE[s.dtype]) for s in self.contract.states}
-
-    def commit(self) -> None:
-        self.current = 1 - self.current
-
-    def tensor(self, name: str) -> np.ndarray:
-        copied: np.ndarray = self.buffers[self.current][name].copy()
-        return copied
-
-    def write(self, state: Mapping[str, np.ndarray]) -> None:
-        for name, array in state.items():
-            np.copyto(self.buffers[self.current][name], array)
-
-    def zero(self, rows: Sequence[int] | None) -> None:
-        index = slice(None) if rows is None else list(rows)
-        for array in self.buffers[self.current].values():
-            array[index] = 0
 
 
 class Backend(ABC):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from famexport.contract import StepContract, present_name
+from famexport.contract import CHUNK_LENGTH, StepContract, TensorSpec, present_name
 from famexport.errors import FamExportError, IncompatibleError, MissingDependencyError
-from famexport.runtime.backend import STORAGE, Backend, HostLoop
+from famexport.runtime.backend import STORAGE, Backend
+from famexport.runtime.host import HostLoop
+from famexport.tensorfile import read_header
 
 _ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7, "int32": 6, "bool": 9}
 
@@ -27,40 +30,63 @@ def import_onnxruntime() -> Any:
 
 
 class OrtCpu(Backend):
-    """``block_step`` on ONNX Runtime's CPU provider.
+    """The graphs of a bundle on ONNX Runtime's CPU provider.
+
+    A bundle of several graphs holds its weights in memory once: the sessions share tensors over one mapping of the
+    weight file. ONNX Runtime must not fold or pack them then, since each session would keep copies of its own.
 
     Args:
-        graph: the ONNX file, already checked; ONNX Runtime maps the weight file beside it.
+        graphs: the ONNX files by name, already checked.
+        weights: the weight file that lies beside them, already checked; None where all is in the graphs.
         threads: intra-op threads; None leaves ONNX Runtime's own choice, one per physical core.
     Raises:
-        IncompatibleError: this onnxruntime cannot run the graph.
+        IncompatibleError: this onnxruntime cannot run a graph.
     """
 
     name = "ort-cpu"
     provider = "CPUExecutionProvider"
     device = "cpu"
 
-    def __init__(self, contract: StepContract, precision: str, graph: Path, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        contract: StepContract,
+        precision: str,
+        graphs: Mapping[str, Path],
+        weights: Path | None = None,
+        threads: int | None = None,
+    ) -> None:
         super().__init__(contract, precision)
         ort = import_onnxruntime()
+        # The sessions point into these and do not keep them alive; nor does an OrtValue its array.
+        self.weights = _mapped_weights(weights) if weights and len(graphs) > 1 else {}
+        shared = {
+            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_TYPES[dtype])
+            for name, (array, dtype) in self.weights.items()
+        }
+        self.sessions = {name: self._load(ort, file, shared, threads) for name, file in graphs.items()}
+
+    def _load(self, ort: Any, graph: Path, shared: Mapping[str, Any], threads: int | None) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions; what it logs besides is no news to a user
         if threads:
             options.intra_op_num_threads = threads
         disabled = None
-        if precision == "bf16":
+        if shared:
+            disabled = ["ConstantFolding"]
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            for name, value in shared.items():
+                options.add_initializer(name, value)
+        if self.precision == "bf16":
             # Weights are widened as they are used and dropped at once: folding would keep a float32 copy of them all,
             # and an arena would keep the largest of each size
             disabled = ["ConstantFolding"]
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         try:
-            self.session = ort.InferenceSession(
-                str(graph), options, providers=[self.provider], disabled_optimizers=disabled
-            )
+            return ort.InferenceSession(str(graph), options, providers=[self.provider], disabled_optimizers=disabled)
         except Exception as exc:  # onnxruntime raises a class of its own per status code
             reason = _first_line(exc)
             raise IncompatibleError(
-                f"onnxruntime {ort.__version__} cannot load this graph: {reason}; "
+                f"onnxruntime {ort.__version__} cannot load {graph.name}: {reason}; "
                 "upgrade onnxruntime, or export with --opset 20"
             ) from exc
 
@@ -68,42 +94,83 @@ class OrtCpu(Backend):
         return OrtLoop(self, batch)
 
     def close(self) -> None:
-        del self.session
+        self.sessions = {}
+        self.weights = {}
+
+
+def _mapped_weights(file: Path) -> dict[str, tuple[np.ndarray, str]]:
+    """The tensors of a safetensors file and their dtypes, over one mapping of it."""
+    raw = np.memmap(file, np.uint8, "r")
+    found = {}
+    for name, entry in read_header(file).items():
+        array = raw[entry.offset : entry.offset + entry.nbytes].view(STORAGE[entry.dtype]).reshape(entry.shape)
+        found[name] = array, entry.dtype
+    return found
 
 
 class OrtLoop(HostLoop):
-    """Two bindings over two state buffers: one reads A and writes B, the other the reverse."""
+    """Inputs, state and outputs are bound once for each graph and each side of the two buffers that it reads."""
 
     def __init__(self, backend: OrtCpu, batch: int) -> None:
         super().__init__(backend.contract, batch)
-        self._session: Any = backend.session
-        spec = self.contract.inputs[0]
-        self._fed = np.zeros(spec.sized(batch), STORAGE[spec.dtype])
-        self._logits_shape = list(self.contract.outputs[0].sized(batch))
-        self._bindings = [self._bind(self.buffers[i], self.buffers[1 - i]) for i in (0, 1)]
-
-    def _bind(self, past: dict[str, np.ndarray], present: dict[str, np.ndarray]) -> Any:
-        binding = self._session.io_binding()
-        fed = self.contract.inputs[0]
-        binding.bind_input(fed.name, "cpu", 0, _ONNX_TYPES[fed.dtype], list(self._fed.shape), self._fed.ctypes.data)
-        for spec in self.contract.states:
-            kind, shape = _ONNX_TYPES[spec.dtype], list(spec.sized(self.batch))
-            binding.bind_input(spec.name, "cpu", 0, kind, shape, past[spec.name].ctypes.data)
-            binding.bind_output(present_name(spec.name), "cpu", 0, kind, shape, present[spec.name].ctypes.data)
-        return binding
+        self._sessions: dict[str, Any] = dict(backend.sessions)
+        self._weights = backend.weights  # which the sessions read
+        self._graphs = {name: self.contract.graph(name) for name in self._sessions}
+        self._fed = {
+            name: {spec.name: np.zeros(spec.sized(batch), STORAGE[spec.dtype]) for spec in io.inputs}
+            for name, io in self._graphs.items()
+        }
+        self._appends = {io.chunk: name for name, io in self._graphs.items() if io.chunk}
+        self._bindings: dict[tuple[str, int, int], Any] = {}
 
     def advance(self, fed: np.ndarray, out: np.ndarray) -> None:
-        np.copyto(self._fed, fed)
-        binding = self._bindings[self.current]
-        binding.bind_output("logits", "cpu", 0, _ONNX_TYPES["float32"], self._logits_shape, out.ctypes.data)
+        np.copyto(self._fed["block_step"][self.contract.inputs[0].name], fed)
+        self._run("block_step", out)
+        self._computed(True, False)
+
+    def append(self, fed: np.ndarray, length: np.ndarray, out: np.ndarray) -> None:
+        name = self._appends[fed.shape[1]]
+        np.copyto(self._fed[name][self.contract.inputs[0].name], fed)
+        np.copyto(self._fed[name][CHUNK_LENGTH], length)
+        self._run(name, out)
+        self._computed(False, True)
+
+    def end_block(self) -> None:
+        self._run("commit_block", None)
+        self._computed(True, True)
+
+    def _run(self, name: str, out: np.ndarray | None) -> None:
+        key = name, self.current, self.open_current
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(name)
+        binding = self._bindings[key]
+        if out is not None:
+            binding.bind_output("logits", "cpu", 0, _ONNX_TYPES["float32"], list(out.shape), out.ctypes.data)
         try:
-            self._session.run_with_iobinding(binding)
+            self._sessions[name].run_with_iobinding(binding)
         except Exception as exc:  # onnxruntime raises a class of its own per status code
-            raise FamExportError(f"onnxruntime failed in block_step: {_first_line(exc)}") from exc
+            raise FamExportError(f"onnxruntime failed in {name}: {_first_line(exc)}") from exc
+
+    def _bind(self, name: str) -> Any:
+        binding, io = self._sessions[name].io_binding(), self._graphs[name]
+
+        def place(bind: Callable[..., None], graph_name: str, spec: TensorSpec, array: np.ndarray) -> None:
+            bind(graph_name, "cpu", 0, _ONNX_TYPES[spec.dtype], list(spec.sized(self.batch)), array.ctypes.data)
+
+        past = {**self.buffers[self.current], **self.open_buffers[self.open_current]}
+        new = {**self.buffers[1 - self.current], **self.open_buffers[1 - self.open_current]}
+        for spec in io.inputs:
+            place(binding.bind_input, spec.name, spec, self._fed[name][spec.name])
+        for spec in io.states:
+            place(binding.bind_input, spec.name, spec, past[spec.name])
+        for spec in io.new:
+            place(binding.bind_output, present_name(spec.name), spec, new[spec.name])
+        return binding
 
     def close(self) -> None:
         self._bindings.clear()
-        self._session = None  # the last stream of a closed session takes its weights along
+        self._sessions = {}  # the last stream of a closed session takes its weights along
+        self._weights = {}
 
 
 def _first_line(exc: Exception) -> str:

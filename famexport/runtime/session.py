@@ -87,9 +87,10 @@ def open_backend(bundle: Bundle, name: str, threads: int | None = None) -> Backe
     if name == "ort-cpu":
         from famexport.runtime.ort import OrtCpu
 
-        graph = manifest.graphs["block_step"]
-        file = bundle.file(graph.variants.get("ort-cpu", graph.file))
-        return OrtCpu(bundle.contract, manifest.precision, file, threads)
+        graphs = {
+            graph: bundle.file(files.variants.get("ort-cpu", files.file)) for graph, files in manifest.graphs.items()
+        }
+        return OrtCpu(bundle.contract, manifest.precision, graphs, weights, threads)
     if manifest.config is None or weights is None:
         raise IncompatibleError(
             "the backend torch runs famexport's own model, and this bundle holds another; use ort-cpu"

@@ -10,7 +10,8 @@ import numpy as np
 from famexport.config import FamConfig
 from famexport.contract import StepContract
 from famexport.errors import BundleError, MissingDependencyError
-from famexport.runtime.backend import STORAGE, Backend, HostLoop
+from famexport.runtime.backend import STORAGE, Backend
+from famexport.runtime.host import HostLoop
 from famexport.tensorfile import read_header
 
 
@@ -79,12 +80,33 @@ class TorchLoop(HostLoop):
         self._host = np.zeros(spec.sized(batch), STORAGE[spec.dtype])  # torch warns of arrays that are read-only
         self._fed = torch.from_numpy(self._host)
         self._views = [{n: view(n, a) for n, a in buffers.items()} for buffers in self.buffers]
+        self._open_views = [{n: view(n, a) for n, a in buffers.items()} for buffers in self.open_buffers]
 
     def advance(self, fed: np.ndarray, out: np.ndarray) -> None:
         np.copyto(self._host, fed)
         with self._torch.inference_mode():
-            past, present = self._views[self.current], self._views[1 - self.current]
-            logits, new = self._model.step(self._fed, past, logits=self.contract.logits)
-            for name, tensor in new.items():
-                present[name].copy_(tensor)
+            logits, new = self._model.step(self._fed, self._past(), logits=self.contract.logits)
+            self._keep(new)
             self._torch.from_numpy(out).copy_(logits)
+        self._computed(True, False)
+
+    def append(self, fed: np.ndarray, length: np.ndarray, out: np.ndarray) -> None:
+        chunk, count = (self._torch.from_numpy(array.copy()) for array in (fed, length))
+        with self._torch.inference_mode():
+            logits, new = self._model.append(chunk, count, self._past(), logits=self.contract.logits)
+            self._keep(new)
+            self._torch.from_numpy(out).copy_(logits)
+        self._computed(False, True)
+
+    def end_block(self) -> None:
+        with self._torch.inference_mode():
+            self._keep(self._model.commit(self._past()))
+        self._computed(True, True)
+
+    def _past(self) -> dict[str, Any]:
+        return {**self._views[self.current], **self._open_views[self.open_current]}
+
+    def _keep(self, new: dict[str, Any]) -> None:
+        present = {**self._views[1 - self.current], **self._open_views[1 - self.open_current]}
+        for name, tensor in new.items():
+            present[name].copy_(tensor)

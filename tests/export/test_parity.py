@@ -23,7 +23,7 @@ from famexport.export import pipeline, trace
 from famexport.export.parity import FULL_BLOCKS, TOLERANCES, check_parity, default_blocks, growth_note
 from famexport.export.pipeline import export_bundle
 from famexport.model import FamModel, State
-from famexport.runtime.backend import HostLoop
+from famexport.runtime.host import HostLoop
 from famexport.runtime.golden import replay
 from famexport.runtime.ort import OrtLoop
 from tests.export.helpers import BASE, Export, config_of, random_weights, save, tree

@@ -1,0 +1,112 @@
+"""State in host memory: the loop of every backend whose steps run on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite, prod
+
+import numpy as np
+
+from famexport.contract import ITEM_BYTES, StepContract, TensorSpec
+from famexport.runtime.backend import STORAGE, Arrays, Loop
+
+_ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+_BFLOAT16_EXPONENT = 0x7F80
+
+
+class HostLoop(Loop):
+    """A loop whose state lives in host memory. Block-boundary state and open block each have two buffers that take
+    turns: nothing is allocated per call."""
+
+    def __init__(self, contract: StepContract, batch: int) -> None:
+        super().__init__(contract, batch)
+        states, opened = (
+            [allocate(specs, batch) for _ in range(2)] for specs in (contract.states, contract.open_states)
+        )
+        self.buffers, self.open_buffers = [pair[0] for pair in states], [pair[0] for pair in opened]
+        self._flats, self._open_flats = [pair[1] for pair in states], [pair[1] for pair in opened]
+        self.current = self.open_current = 0
+        self._moved = self._open_moved = False  # which of the two the last call computed anew
+
+    def _computed(self, states: bool, opened: bool) -> None:
+        """For subclasses: say after a call what it computed anew."""
+        self._moved, self._open_moved = states, opened
+
+    def commit(self, rows: Sequence[int] | None = None) -> None:
+        if rows is not None:
+            for old, new in self._pairs():
+                for row in sorted(set(range(self.batch)) - set(rows)):
+                    for name in new:
+                        new[name][row] = old[name][row]
+        self.current ^= self._moved
+        self.open_current ^= self._open_moved
+
+    def _pairs(self) -> list[tuple[Arrays, Arrays]]:
+        """(current, computed) buffers of what the last call computed."""
+        a, b = self.current, self.open_current
+        found = [(self.buffers[a], self.buffers[1 - a])] if self._moved else []
+        return found + ([(self.open_buffers[b], self.open_buffers[1 - b])] if self._open_moved else [])
+
+    def bad_rows(self, logits: np.ndarray | None = None, lengths: np.ndarray | None = None) -> list[int]:
+        flats = [*self._flats[1 - self.current]] if self._moved else []
+        flats += self._open_flats[1 - self.open_current] if self._open_moved else []
+        if logits is not None:
+            flats.append(logits)
+        if all(map(is_finite, flats)):  # the way of nearly every call: a sum over each
+            return []
+        bad = []
+        for row in range(self.batch):
+            parts = [array[row] for _, new in self._pairs() for array in new.values()]
+            if logits is not None:
+                parts.append(logits[row] if lengths is None else logits[row, : lengths[row]])
+            if not all(map(is_finite, parts)):
+                bad.append(row)
+        return bad
+
+    def _home(self, name: str) -> np.ndarray:
+        buffers = self.buffers[self.current]
+        return buffers[name] if name in buffers else self.open_buffers[self.open_current][name]
+
+    def tensor(self, name: str, row: int | None = None) -> np.ndarray:
+        copied: np.ndarray = self._home(name)[slice(None) if row is None else slice(row, row + 1)].copy()
+        return copied
+
+    def write(self, state: Mapping[str, np.ndarray], row: int | None = None) -> None:
+        for name, array in state.items():
+            np.copyto(self._home(name)[slice(None) if row is None else slice(row, row + 1)], array)
+
+    def zero(self, rows: Sequence[int] | None) -> None:
+        index = slice(None) if rows is None else list(rows)
+        for spec in self.contract.all_states:
+            self._home(spec.name)[index] = 0
+
+
+def allocate(specs: Sequence[TensorSpec], batch: int) -> tuple[Arrays, list[np.ndarray]]:
+    """Zeroed arrays by name, and for each floating dtype one flat view over all: one pass looks at a whole state.
+
+    Arrays start at multiples of 64 bytes, what lies between stays zero.
+    """
+    arrays: Arrays = {}
+    flats = []
+    for dtype in dict.fromkeys(spec.dtype for spec in specs):
+        group, item = [spec for spec in specs if spec.dtype == dtype], ITEM_BYTES[dtype]
+        sizes = [-(-spec.nbytes(batch) // _ALIGNMENT) * _ALIGNMENT // item for spec in group]
+        raw = np.zeros(sum(sizes) * item + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        flat = raw[start : start + sum(sizes) * item].view(STORAGE[dtype])
+        for spec, size, end in zip(group, sizes, np.cumsum(sizes), strict=True):
+            arrays[spec.name] = flat[end - size :][: prod(spec.sized(batch))].reshape(spec.sized(batch))
+        if dtype in ("float32", "float16", "bfloat16"):
+            flats.append(flat)
+    return arrays, flats
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether ``array``, in a storage dtype, is free of NaN and infinity. A finite sum says so in one pass."""
+    if array.dtype == np.uint16:  # bfloat16: all bits of the exponent
+        return not array.size or int((array & _BFLOAT16_EXPONENT).max()) < _BFLOAT16_EXPONENT
+    if array.dtype.kind != "f":
+        return True
+    with np.errstate(all="ignore"):
+        total = np.add.reduce(array, axis=None, dtype=np.float32)
+    return isfinite(total) or bool(np.isfinite(array).all())  # a sum of large numbers may overflow
