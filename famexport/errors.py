@@ -7,7 +7,9 @@
     |   |   `-- UnsupportedModelError       an architecture or option famexport does not implement
     |   |-- CheckpointError                 a checkpoint directory or its tensors
     |   |-- BundleError                     a bundle: manifest, hashes, file names
+    |   |-- SnapshotError                   a saved state: damaged, or of another model
     |   `-- ContractError                   a call whose tensors break the step contract
+    |-- BackpressureError              1  a queue is full: take what is ready first
     |-- UntrustedError                 4  code or an engine nobody vouched for
     |-- IncompatibleError              5  wrong device or version
     |   `-- MissingDependencyError          a package that is not installed
@@ -53,7 +55,15 @@ class BundleError(InvalidInputError):
     pass
 
 
+class SnapshotError(InvalidInputError):
+    pass
+
+
 class ContractError(InvalidInputError):
+    pass
+
+
+class BackpressureError(FamExportError):
     pass
 
 

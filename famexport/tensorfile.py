@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from famexport.contract import ITEM_BYTES
 from famexport.errors import InvalidInputError
@@ -46,18 +49,19 @@ class TensorEntry:
 
 
 def write_tensors(
-    path: Path,
+    target: Path | Callable[[bytes], None],
     tensors: Iterable[TensorEntry],
     load: Callable[[str], Any],
     *,
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, TensorEntry]:
-    """Write ``tensors`` to ``path``, asking ``load(name)`` for one buffer at a time.
+    """Write ``tensors`` to ``target``, asking ``load(name)`` for one buffer at a time.
 
     The order in the file is widest dtype first, then by name, so the same tensors give the same bytes.
 
     Args:
+        target: a path, or what appends bytes to a file.
         load: gives a tensor's bytes in row-major order (bfloat16 as uint16).
         progress: called with (bytes written, bytes in all).
     Returns:
@@ -75,21 +79,23 @@ def write_tensors(
         position += t.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    total, start = position, 8 + len(text)
-    placed: dict[str, TensorEntry] = {}
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    total, at = position, 8 + len(text)
+    start, placed = at, dict[str, TensorEntry]()
+    with open(target, "wb") if isinstance(target, Path) else nullcontext() as file:
+        write: Callable[[Any], Any] = file.write if file else target  # type: ignore[assignment]
+        write(len(text).to_bytes(8, "little") + text)
         for t in ordered:
             data = memoryview(load(t.name))
             if data.nbytes != t.nbytes:
                 raise InvalidInputError(
                     f"{t.name}: got {data.nbytes} bytes, expected {t.nbytes} for {t.dtype} {t.shape}"
                 )
-            placed[t.name] = TensorEntry(t.name, t.dtype, t.shape, file.tell())
-            file.write(data.cast("B") if data.nbytes else b"")  # an empty view cannot be cast
+            placed[t.name] = TensorEntry(t.name, t.dtype, t.shape, at)
+            write(data.cast("B") if data.nbytes else b"")  # an empty view cannot be cast
             del data  # else it stays in memory beside the next
+            at += t.nbytes
             if progress:
-                progress(file.tell() - start, total)
+                progress(at - start, total)
     return placed
 
 
@@ -99,12 +105,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         InvalidInputError: not a safetensors file, truncated, or a header that contradicts itself.
     """
-    size = os.stat(path).st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise InvalidInputError(f"{path.name} is not a safetensors file, or it is truncated ({size} bytes)")
-        text = file.read(length)
+    size, text = os.stat(path).st_size, _header_text(path)
+    length = len(text)
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
@@ -121,6 +123,41 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             f"{path.name}: got {size} bytes, expected {end}: truncated or overwritten; copy it again"
         )
     return entries
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings in the header's ``__metadata__``.
+
+    Raises:
+        InvalidInputError: as ``read_header``.
+    """
+    try:
+        metadata = json.loads(_header_text(path)).get("__metadata__", {})
+        return {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, AttributeError, RecursionError) as exc:
+        raise InvalidInputError(f"{path.name}: damaged safetensors header: {exc}") from exc
+
+
+def read_tensors(path: Path) -> Iterator[tuple[TensorEntry, np.ndarray]]:
+    """Each tensor and its bytes (uint8), one in memory at a time.
+
+    Raises:
+        InvalidInputError: as ``read_header``.
+    """
+    for entry in read_header(path).values():
+        data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.offset)
+        if data.nbytes != entry.nbytes:
+            raise InvalidInputError(f"{path.name}: {entry.name} ends early: the file was cut while it was read")
+        yield entry, data
+
+
+def _header_text(path: Path) -> bytes:
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise InvalidInputError(f"{path.name} is not a safetensors file, or it is truncated ({size} bytes)")
+        return file.read(length)
 
 
 def _entry(name: str, info: Mapping[str, Any], base: int) -> TensorEntry:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ class Loop(ABC):
     @abstractmethod
     def bad_rows(self, logits: np.ndarray | None = None, lengths: np.ndarray | None = None) -> list[int]:
         """Rows in which the last call computed NaN or infinity (R8): in the new state, or in ``logits`` [b, n, V], of
-        which ``lengths`` positions count where that is given."""
+        which ``lengths`` positions count in each row where that is given."""
 
     @abstractmethod
     def tensor(self, name: str, row: int | None = None) -> np.ndarray:
@@ -103,6 +103,10 @@ class Loop(ABC):
     @abstractmethod
     def zero(self, rows: Sequence[int] | None) -> None:
         """Zero the current state of some rows, or all: they are fresh streams then."""
+
+    @abstractmethod
+    def truncate(self, rows: Iterable[int], length: int) -> None:
+        """Take the open block of some rows back to its first ``length`` positions, as if no more had been appended."""
 
     def close(self) -> None:  # noqa: B027 - optional for subclasses
         """Give back what the loop holds."""

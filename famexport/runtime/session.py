@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +13,9 @@ from famexport.bundle import Bundle, open_bundle
 from famexport.config import FamConfig
 from famexport.contract import StepContract
 from famexport.errors import IncompatibleError, UsageError
-from famexport.runtime.backend import Backend
+from famexport.runtime.backend import Backend, Loop
+from famexport.runtime.open_block import AppendStream, PaddedStream
+from famexport.runtime.snapshot import Origin, engine_name
 from famexport.runtime.stream import Stream
 
 BACKENDS = ("ort-cpu", "torch")  # in the order in which "auto" tries them
@@ -36,11 +40,32 @@ class Session:
             "bundle_id": self.bundle.id,
         }
 
-    def stream(self, batch: int | None = None) -> Stream:
-        """A fresh stream. ``batch`` is given only where the bundle was exported with a dynamic batch."""
+    def stream(self, batch: int | None = None, *, on_nonfinite: str = "raise") -> Stream:
+        """A fresh stream.
+
+        Args:
+            batch: rows; given only where the bundle was exported with a dynamic batch.
+            on_nonfinite: ``raise``, ``skip`` or ``reset``: what happens where NaN or infinity is computed.
+        """
+        loop = self._open(batch)
+        kind = AppendStream if self.contract.chunks else PaddedStream
+        return kind(loop, self._origin(loop.batch), on_nonfinite)
+
+    def _open(self, batch: int | None) -> Loop:
         if self._closed:
             raise UsageError("the session is closed; load the bundle again with famexport.load()")
-        return Stream(self.backend.open(batch))
+        return self.backend.open(batch)
+
+    def _origin(self, batch: int) -> Origin:
+        """Whose snapshots a stream of ``batch`` rows takes."""
+        manifest = self.bundle.manifest
+        weights = manifest.files[manifest.weights].sha256 if manifest.weights else None
+        model = {"config": manifest.config, "precision": manifest.precision, "weights": weights}
+        graphs = {name: manifest.files[name].sha256 for name in sorted(manifest.graph_files())}
+        if manifest.config is None:  # a module of one's own: its graph is the model
+            model["graphs"] = graphs
+        digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+        return Origin(digest, engine_name(self.backend.name, graphs, batch), self.contract)
 
     def close(self) -> None:
         """Open no more streams; those that are open go on. Closing twice does nothing."""

@@ -1,33 +1,119 @@
-"""The loop: blocks in, logits out, state fed back. Memory use does not depend on how long it runs."""
+"""The loop: positions in, logits out, state fed back. Memory use does not depend on how long it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 
 from famexport.contract import StepContract
-from famexport.errors import ContractError, UsageError, raise_problems
-from famexport.runtime.backend import STORAGE, Arrays, Loop, check_array, to_public, to_storage
+from famexport.errors import ContractError, NonFiniteError, UsageError, raise_problems
+from famexport.runtime.backend import Arrays, Loop, check_array, to_public, to_storage
+from famexport.runtime.generate import Sampler, generate
+from famexport.runtime.pieces import Pieces
+from famexport.runtime.snapshot import Origin, Snapshot
+
+NONFINITE = ("raise", "skip", "reset")
+_Self = TypeVar("_Self", bound="TokenStream")
 
 
-class Stream:
-    """One batch of streams over a loaded step. Use it as a context manager; it holds the only mutable state there is.
+class TokenStream(ABC):
+    """What every stream can do, whether it has a batch of its own or is a row of a pool."""
+
+    contract: StepContract
+    batch: int
+
+    @abstractmethod
+    def feed(self, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]: ...
+
+    @property
+    @abstractmethod
+    def last_logits(self) -> np.ndarray | None:
+        """Logits of the last position that was fed, float32 [b, V]; None on a fresh stream."""
+
+    @property
+    @abstractmethod
+    def closed(self) -> bool: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def generate(
+        self,
+        prompt: object,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Collection[int] = (),
+    ) -> Iterator[int]:
+        """Feed ``prompt``, then yield token ids as they are chosen, each fed back in turn.
+
+        Once the iterator has ended or was closed, every token that it gave is in the state, and so is the token of
+        ``stop`` that ended it, which it does not give. So the next prompt goes on from there.
+
+        Args:
+            prompt: token ids [n]; empty to go on from what was fed before.
+            temperature, top_k, top_p, seed: as in ``Sampler``; a temperature of 0 takes the most likely token.
+            stop: token ids that end the text.
+        Raises:
+            UsageError: options out of range, or a bundle or stream that cannot generate.
+            ContractError: no token to begin with, or ids outside the vocabulary.
+        """
+        return generate(self, prompt, max_new_tokens, Sampler(temperature, top_k, top_p, seed), stop)
+
+    def __enter__(self: _Self) -> _Self:
+        if self.closed:
+            raise UsageError("the stream is closed; open another with session.stream()")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class Stream(TokenStream):
+    """One batch of streams in lockstep over a loaded bundle. Use it as a context manager; it holds the only mutable
+    state there is.
 
     A *position* is one row of the inputs: a token, or an embedding where the step takes ``inputs_embeds``.
-    A block is *open* while ``feed`` holds fewer positions than a block has: the state is then that of its start.
+    A block is *open* while it has fewer positions than ``block_size``. FAM and memory move when it is full.
+
+    A call that computes NaN or infinity never enters the state (R8). ``on_nonfinite`` says what happens then: ``raise``
+    a NonFiniteError; ``skip`` what was fed, as if it had not been; ``reset`` the rows concerned to fresh streams. Rows
+    of a batch are taken one by one where no block is open; within one they must stay in lockstep, so a batch raises.
     """
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, origin: Origin, on_nonfinite: str = "raise") -> None:
+        if on_nonfinite not in NONFINITE:
+            raise UsageError(f"on_nonfinite must be one of {', '.join(NONFINITE)}, got {on_nonfinite!r}")
         self._loop: Loop | None = loop
-        self.contract: StepContract = loop.contract
-        self.batch = loop.batch
+        self._origin, self.on_nonfinite = origin, on_nonfinite
+        self.contract, self.batch = loop.contract, loop.batch
         self.blocks = 0  # committed since the stream was opened or reset
-        self._fed_spec, self._logits_spec = self.contract.inputs[0], self.contract.outputs[0]
-        self._open = np.zeros(self._fed_spec.sized(self.batch), STORAGE[self._fed_spec.dtype])
-        self._held = 0  # positions in the open block
-        self._given = 0  # positions of the open block whose logits were given already
+        self.nonfinite = 0  # calls whose result was not finite
+        self.held = 0  # positions in the open block
+        self._pieces = Pieces(self.contract, self.batch)
+        self._logits_spec = self.contract.outputs[0]
+        self._last = np.empty((self.batch, self.contract.vocab_size), np.float32)
+        self._has_last = False
+
+    @property
+    def closed(self) -> bool:
+        return self._loop is None
+
+    @property
+    def room(self) -> int:
+        """Positions until the open block is full."""
+        return self.contract.block_size - self.held
+
+    @property
+    def last_logits(self) -> np.ndarray | None:
+        return self._last if self._has_last else None
 
     def step(self, inputs: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Run one whole block and advance the state.
@@ -40,26 +126,25 @@ class Stream:
             logits, in ``out`` or in a new array that is the caller's.
         Raises:
             ContractError: wrong type, dtype, shape, layout or token id; the state is unchanged.
+            NonFiniteError: the result is not finite; the state is unchanged.
         """
         loop = self._live()
-        if self._held:
+        if self.held:
             raise ContractError(
-                f"feed holds {self._held} of {self.contract.block_size} positions of an open block; "
+                f"feed holds {self.held} of {self.contract.block_size} positions of an open block; "
                 "complete it with feed, or call reset, before step"
             )
-        inputs = self._array(inputs)
-        problems = check_array(inputs, self._fed_spec, self.batch) + self._out_problems(out)
+        inputs = self._pieces.array(inputs)
+        problems = check_array(inputs, self.contract.inputs[0], self.batch) + self._out_problems(out)
         raise_problems(ContractError, "step", problems)
-        self._check_ids(inputs)
-        out = self._new_logits() if out is None else out
-        self._run(loop, inputs, out)
-        return out
+        self._pieces.check_ids(inputs)
+        return self._whole_block(loop, inputs, self._new_logits() if out is None else out)
 
     def feed(self, pieces: Iterable[np.ndarray], out: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """Stream pieces of any length; yields logits [b, n, V] for every position, once and in order.
 
-        A last, incomplete block stays open: its logits are given, the state does not move (FAM is updated when a block
-        is complete), and a later ``feed`` goes on in the middle of it.
+        Pieces are joined up to the end of a block, so how they are cut changes nothing. A last, incomplete block stays
+        open: its logits are given, FAM and memory do not move, and a later ``feed`` goes on in the middle of it.
 
         Args:
             pieces: integer token ids [n] (where b = 1) or [b, n], or embeddings [b, n, D].
@@ -67,30 +152,22 @@ class Stream:
         """
         self._live()
         raise_problems(ContractError, "feed", self._out_problems(out))
-        size = self.contract.block_size
-        for piece in pieces:
-            rows = self._piece(piece)
-            at = 0
-            while at < rows.shape[1]:
-                loop = self._live()  # the stream may have been closed while the caller held an array
-                n = min(size - self._held, rows.shape[1] - at)
-                self._open[:, self._held : self._held + n] = rows[:, at : at + n]
-                self._held, at = self._held + n, at + n
-                if self._held == size:
-                    logits = self._new_logits() if out is None else out
-                    self._run(loop, self._open, logits)
-                    given, self._held, self._given = self._given, 0, 0
-                    yield logits[:, given:] if self.contract.logits == "all" else logits
-        if self._held > self._given and self.contract.logits == "all":
-            yield self._peek(self._live(), out)
+        for rows in self.regroup(pieces):
+            logits = self.add(rows, out)
+            if logits.shape[1]:
+                yield logits
 
-    def _peek(self, loop: Loop, out: np.ndarray | None) -> np.ndarray:
-        """Logits of the open block's positions not given yet: causal, so what pads the block cannot reach them."""
-        self._open[:, self._held :] = 0
-        logits = self._new_logits() if out is None else out
-        loop.advance(self._open, logits)  # never committed
-        given, self._given = self._given, self._held
-        return logits[:, given : self._held]
+    def regroup(self, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Checked pieces, cut where this stream's blocks end, for ``add``."""
+        return self._pieces.regroup(pieces, self)
+
+    @abstractmethod
+    def add(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Run 1 to ``room`` checked positions [b, n] now: what ``feed`` does with each array that ``regroup`` gives.
+
+        Returns:
+            logits [b, n, V]. Where the bundle gives last rows only: [b, 1, V], or [b, 0, V] when no graph ends there.
+        """
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Make ``rows`` of the batch fresh streams, or all of them, dropping the open block.
@@ -104,21 +181,25 @@ class Stream:
             kinds = (int, np.integer)  # a list of bools would be taken for a mask
             if bad := [r for r in rows if not isinstance(r, kinds) or isinstance(r, bool) or not 0 <= r < self.batch]:
                 raise ContractError(f"reset: rows {bad} are not in the batch; expected 0 to {self.batch - 1}")
-            if self._held:
+            if self.held:
                 raise ContractError(
-                    f"reset: a block is open with {self._held} positions; reset all rows, or complete it"
+                    f"reset: a block is open with {self.held} positions; reset all rows, or complete it"
                 )
         else:
-            self._held = self._given = self.blocks = 0
+            self.held = self.blocks = 0
+            self._has_last = False
         loop.zero(rows)
 
     def state(self) -> Arrays:
-        """Copies of the state at the last block boundary, by contract name; bfloat16 comes as float32, exactly."""
+        """Copies of the state, by contract name; bfloat16 comes as float32, exactly.
+
+        Without ``append_step`` this is the state at the last block boundary; with it, the open block is part of it.
+        """
         stored = self._live().read()
-        return {spec.name: to_public(stored[spec.name], spec.dtype) for spec in self.contract.states}
+        return {spec.name: to_public(stored[spec.name], spec.dtype) for spec in self.contract.all_states}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Replace the state with one that ``state`` gave, dropping the open block.
+        """Replace the state with one that ``state`` gave.
 
         Raises:
             ContractError: names every tensor that is missing, unknown or of the wrong dtype, shape or layout; the state
@@ -126,8 +207,32 @@ class Stream:
         """
         loop = self._live()
         raise_problems(ContractError, "load_state", loop.state_problems(state))
-        loop.write({s.name: to_storage(state[s.name], s) for s in self.contract.states})
-        self._held = self._given = 0
+        stored = {s.name: to_storage(state[s.name], s) for s in self.contract.all_states}
+        held = self._held_in(stored)
+        loop.write(stored)
+        self.held, self._has_last = held, False
+
+    def snapshot(self) -> Snapshot:
+        """A deep copy of all that the stream is: save it, or ``restore`` it, here or in another process."""
+        last = self._last.copy() if self._has_last else None
+        return Snapshot(self._origin, self.batch, self.blocks, self._live().read(), self._open_inputs(), last)
+
+    def restore(self, saved: Snapshot, *, any_engine: bool = False) -> None:
+        """Go on from a snapshot: bit for bit as the stream that it was taken from, where the engine is the same.
+
+        Args:
+            any_engine: accept one that another backend, or other graphs of the same model, computed.
+        Raises:
+            SnapshotError: another model, batch, or (unless ``any_engine``) engine; the state is unchanged.
+        """
+        loop = self._live()
+        saved.check(self._origin, self.batch, any_engine)
+        held = self._load_open(saved)
+        loop.zero(None)
+        loop.write({name: array for name, array in saved.state.items() if name in self._state_names()})
+        self.held, self.blocks, self._has_last = held, saved.blocks, saved.last_logits is not None
+        if saved.last_logits is not None:
+            np.copyto(self._last, saved.last_logits)
 
     def close(self) -> None:
         """Give back the stream's memory. Closing twice does nothing."""
@@ -135,17 +240,59 @@ class Stream:
             self._loop.close()
             self._loop = None
 
-    def __enter__(self) -> Stream:
-        self._live()
-        return self
+    @abstractmethod
+    def _held_in(self, stored: Arrays) -> int:
+        """Positions in the open block of a state."""
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+    @abstractmethod
+    def _open_inputs(self) -> np.ndarray | None:
+        """A copy of the open block's inputs, where it is kept as inputs."""
 
-    def _run(self, loop: Loop, inputs: np.ndarray, out: np.ndarray) -> None:
+    @abstractmethod
+    def _load_open(self, saved: Snapshot) -> int:
+        """Take over a snapshot's open block as far as it is not state; the positions it has."""
+
+    def _state_names(self) -> set[str]:
+        return {spec.name for spec in self.contract.all_states}
+
+    def _whole_block(self, loop: Loop, inputs: np.ndarray, out: np.ndarray) -> np.ndarray:
         loop.advance(inputs, out)
-        loop.commit()
-        self.blocks += 1
+        bad = loop.bad_rows(out)
+        if not bad:
+            loop.commit()
+        if not bad or self._refuse(loop, bad, parting=True):
+            self.held, self.blocks = 0, self.blocks + 1
+            self._keep_last(out[:, -1])
+        return out
+
+    def _refuse(self, loop: Loop, bad: Sequence[int], *, parting: bool = False) -> bool:
+        """Do as ``on_nonfinite`` says about a call that is not committed.
+
+        Args:
+            parting: whether the other rows may go on alone: at a block boundary, where none falls out of step.
+        Returns:
+            whether they did.
+        """
+        self.nonfinite += 1
+        together = self.batch > 1 and not parting
+        if self.on_nonfinite == "raise" or together:
+            why = "; within an open block the rows of a batch cannot part: use session.pool()" if together else ""
+            raise NonFiniteError(
+                f"NaN or infinity in row {', '.join(map(str, bad))}, {self.held} positions after {self.blocks} blocks; "
+                f'the state is as it was before: feed something else, or open the stream with on_nonfinite="skip"{why}'
+            )
+        good = sorted(set(range(self.batch)) - set(bad)) if parting else []
+        if good:
+            loop.commit(good)
+        if self.on_nonfinite == "reset":
+            loop.zero(bad)
+            if not good:
+                self.held, self.blocks, self._has_last = 0, 0, False
+        return bool(good)
+
+    def _keep_last(self, logits: np.ndarray) -> None:
+        np.copyto(self._last, logits)
+        self._has_last = True
 
     def _live(self) -> Loop:
         if self._loop is None:
@@ -160,35 +307,3 @@ class Stream:
             return []
         found = check_array(out, self._logits_spec, self.batch)
         return found or ([] if out.flags.writeable else ["logits: out is read-only"])
-
-    def _array(self, value: object) -> np.ndarray:
-        try:
-            return np.asarray(value)
-        except (TypeError, ValueError) as exc:
-            raise ContractError(f"{self._fed_spec.name} is {type(value).__name__} that is no array: {exc}") from exc
-
-    def _piece(self, piece: np.ndarray) -> np.ndarray:
-        """A piece for ``feed`` as [b, n] or [b, n, D], checked."""
-        spec = self._fed_spec
-        rows = self._array(piece)
-        if spec.dtype == "int64" and rows.ndim == 1 and self.batch == 1:
-            rows = rows[None]
-        kind_ok = np.issubdtype(rows.dtype, np.integer) if spec.dtype == "int64" else rows.dtype == STORAGE[spec.dtype]
-        if rows.shape == (self.batch, 0):  # no positions: an empty list has no dtype of its own
-            return rows.astype(np.int64)
-        wanted = spec.sized(self.batch)
-        shape_ok = rows.ndim == len(wanted) and rows.shape[0] == wanted[0] and rows.shape[2:] == wanted[2:]
-        if not kind_ok or not shape_ok:
-            expected = f"{spec.dtype} [{self.batch}, n{''.join(f', {d}' for d in wanted[2:])}]"
-            raise ContractError(f"feed: a piece of {spec.name} is {rows.dtype} {list(rows.shape)}, expected {expected}")
-        self._check_ids(rows)
-        return rows
-
-    def _check_ids(self, ids: np.ndarray) -> None:
-        if self._fed_spec.dtype == "int64" and ids.size:
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.contract.vocab_size:
-                bad = low if low < 0 else high
-                raise ContractError(
-                    f"token id {bad} is not in the vocabulary; expected 0 to {self.contract.vocab_size - 1}"
-                )

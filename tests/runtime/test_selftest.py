@@ -153,7 +153,7 @@ def test_a_device_that_cannot_run_it(bundles: Bundles, monkeypatch: pytest.Monke
         raise RuntimeError("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED\nsecond line")
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
-    with pytest.raises(IncompatibleError, match="cannot load this graph: .*NOT_IMPLEMENTED; upgrade onnxruntime"):
+    with pytest.raises(IncompatibleError, match="cannot load block_step.onnx: .*NOT_IMPLEMENTED; upgrade onnxruntime"):
         verify(bundles("plain"))
 
 

@@ -101,8 +101,8 @@ def test_a_graph_that_onnxruntime_cannot_load(bundles: Callable[[str], Path], tm
     bundle = fx.open_bundle(bundles("plain"))
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(b"\x08\x0a\x12\x03abc")
-    with pytest.raises(IncompatibleError, match=r"onnxruntime .* cannot load this graph: ") as caught:
-        OrtCpu(bundle.contract, "fp32", damaged)
+    with pytest.raises(IncompatibleError, match=r"onnxruntime .* cannot load damaged.onnx: ") as caught:
+        OrtCpu(bundle.contract, "fp32", {"block_step": damaged})
     assert "\n" not in str(caught.value)
 
 
@@ -142,13 +142,16 @@ def test_a_failing_step_is_a_typed_error_and_the_state_stays(sessions: Callable[
         stream.step(fed[0]), spared.step(fed[0])
 
         class Broken:
+            def io_binding(self) -> Any:
+                return good.io_binding()
+
             def run_with_iobinding(self, binding: Any) -> None:
                 raise RuntimeError("out of luck\nand of lines")
 
-        loop, good = stream._loop, stream._loop._session
-        loop._session = Broken()
+        loop, good = stream._loop, stream._loop._sessions["block_step"]
+        loop._sessions["block_step"] = Broken()
         with pytest.raises(fx.FamExportError, match="onnxruntime failed in block_step: out of luck$"):
             stream.step(fed[1])
-        loop._session = good
+        loop._sessions["block_step"] = good
         assert stream.blocks == 1
         assert np.array_equal(stream.step(fed[2]), spared.step(fed[2]))
