@@ -15,6 +15,7 @@ from famexport.contract import StepContract
 from famexport.errors import IncompatibleError, UsageError
 from famexport.runtime.backend import Backend, Loop
 from famexport.runtime.open_block import AppendStream, PaddedStream
+from famexport.runtime.pool import Pool
 from famexport.runtime.snapshot import Origin, engine_name
 from famexport.runtime.stream import Stream
 
@@ -50,6 +51,17 @@ class Session:
         loop = self._open(batch)
         kind = AppendStream if self.contract.chunks else PaddedStream
         return kind(loop, self._origin(loop.batch), on_nonfinite)
+
+    def pool(self, capacity: int | None = None, *, max_queued: int | None = None, on_nonfinite: str = "raise") -> Pool:
+        """Streams that share batched calls, each starting, pausing and ending on its own.
+
+        Args:
+            capacity: how many at once; the bundle's batch, or any number where that is dynamic.
+            max_queued: positions that a stream may have waiting; four blocks unless given.
+            on_nonfinite: ``raise``, ``skip`` or ``reset``, for the one stream concerned.
+        """
+        loop = self._open(capacity)
+        return Pool(loop, self._origin(loop.batch), max_queued, on_nonfinite)
 
     def _open(self, batch: int | None) -> Loop:
         if self._closed:

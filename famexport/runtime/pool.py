@@ -1,0 +1,176 @@
+"""Many streams over one batch: whatever is ready goes into one call, and each stream gets its own results in order.
+
+Every stream is a row of one batched state. A round takes from each row that has something queued: whole blocks at a
+boundary go into one ``block_step``, all else into one ``append_step`` for each chunk width; other rows take no part. A
+call always has all rows of the pool and the graph that a row would take alone, so what it computes does not depend on
+who shares the batch. An idle row costs as much as a busy one: give a pool the capacity that it needs.
+
+Streams may be driven from any number of threads: each thread that waits for a result runs a round for all when it finds
+nobody else at it. Or one thread fills the queues with ``put``, calls ``run``, and collects with ``take``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Lock
+from types import TracebackType
+
+import numpy as np
+
+from famexport.errors import BackpressureError, UsageError
+from famexport.runtime.backend import STORAGE, Loop
+from famexport.runtime.chunks import chunk_width
+from famexport.runtime.pool_stream import PoolStream
+from famexport.runtime.snapshot import Origin
+from famexport.runtime.stream import NONFINITE
+
+
+class Pool:
+    """Rows of one batch, handed out as streams. Made by ``session.pool``; use it as a context manager.
+
+    Args:
+        max_queued: positions that a stream may have waiting, and results that it may leave uncollected.
+        on_nonfinite: as for ``Stream``; here it concerns the one row only.
+    """
+
+    def __init__(self, loop: Loop, origin: Origin, max_queued: int | None = None, on_nonfinite: str = "raise") -> None:
+        size = loop.contract.block_size
+        max_queued = 4 * size if max_queued is None else max_queued
+        if on_nonfinite not in NONFINITE:
+            raise UsageError(f"on_nonfinite must be one of {', '.join(NONFINITE)}, got {on_nonfinite!r}")
+        if max_queued < size:
+            raise UsageError(f"max_queued must be at least a block of {size} positions, got {max_queued}")
+        self.contract, self.capacity = loop.contract, loop.batch
+        self.max_queued, self.on_nonfinite = max_queued, on_nonfinite
+        self.calls = 0  # of the engine
+        self._loop: Loop | None = loop
+        self._origin = origin
+        self._rows: list[PoolStream | None] = [None] * loop.batch
+        self._engine, self._queues = Lock(), Lock()  # taken in this order; a call of the engine holds the first only
+        fed = self.contract.inputs[0]
+        widths = (size, *self.contract.chunks)
+        self._fed = {
+            w: np.zeros((loop.batch, w, *fed.sized(loop.batch)[2:]), STORAGE[fed.dtype]) for w in dict.fromkeys(widths)
+        }
+        every = self.contract.logits == "all"
+        self._logits = {
+            w: np.empty((loop.batch, w if every else 1, self.contract.vocab_size), np.float32) for w in self._fed
+        }
+
+    def open(self) -> PoolStream:
+        """A fresh stream.
+
+        Raises:
+            BackpressureError: all rows are taken.
+        """
+        with self._engine, self._queues:
+            loop = self._live()
+            for row, taken in enumerate(self._rows):
+                if taken is None:
+                    loop.zero([row])
+                    stream = PoolStream(self, row)
+                    self._rows[row] = stream
+                    return stream
+        raise BackpressureError(f"all {self.capacity} streams of the pool are open; close one, or make a larger pool")
+
+    def run(self) -> int:
+        """One round: at most one block or chunk of every stream that has something queued and room for the result.
+
+        Returns:
+            how many streams it served; 0 where nothing is ready.
+        Raises:
+            FamExportError: the engine failed; every stream is as it was, and what was queued is still there.
+        """
+        with self._engine:
+            return self._round()
+
+    def close(self) -> None:
+        """Close all streams and give back the memory. Closing twice does nothing."""
+        with self._engine, self._queues:
+            for stream in self._rows:
+                if stream is not None:
+                    stream._drop()
+            self._rows = [None] * self.capacity
+            if self._loop is not None:
+                self._loop.close()
+                self._loop = None
+
+    def __enter__(self) -> Pool:
+        self._live()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _live(self) -> Loop:
+        if self._loop is None:
+            raise UsageError("the pool is closed; open another with session.pool()")
+        return self._loop
+
+    def _round(self) -> int:
+        """``run``, by whoever holds the engine."""
+        loop, size = self._live(), self.contract.block_size
+        with self._queues:
+            ready = [s for s in self._rows if s is not None and s._ready()]
+            blocks = [s for s in ready if not s.held and s.queued >= size]
+            chunks = [s for s in ready if s not in blocks] if self.contract.chunks else []
+        if blocks:
+            self._block(loop, blocks)
+        groups: dict[int, list[PoolStream]] = {}
+        for s in chunks:
+            groups.setdefault(chunk_width(self.contract, min(s.queued, s.room)), []).append(s)
+        for width, streams in groups.items():
+            self._chunk(loop, streams, width)
+        return len(blocks) + len(chunks)
+
+    def _block(self, loop: Loop, streams: Sequence[PoolStream]) -> None:
+        size = self.contract.block_size
+        lengths = self._fill(size, {s: size for s in streams})
+        logits = self._logits[size]
+        loop.advance(self._fed[size], logits)
+        self.calls += 1
+        bad = set(loop.bad_rows(logits))
+        loop.commit([s.row for s in streams if s.row not in bad])
+        with self._queues:
+            for s in streams:
+                s._done(loop, logits, int(lengths[s.row]), s.row in bad, ended=True)
+
+    def _chunk(self, loop: Loop, streams: Sequence[PoolStream], width: int) -> None:
+        lengths = self._fill(width, {s: min(s.queued, s.room, width) for s in streams})
+        logits = self._logits[width]
+        loop.append(self._fed[width], lengths, logits)
+        self.calls += 1
+        bad = set(loop.bad_rows(logits, lengths if self.contract.logits == "all" else None))
+        loop.commit([row for row in range(self.capacity) if row not in bad] if bad else None)
+        full = [s for s in streams if s.row not in bad and s.room == lengths[s.row]]
+        if full:
+            loop.end_block()
+            self.calls += 1
+            if spoilt := set(loop.bad_rows()):
+                loop.commit([row for row in range(self.capacity) if row not in spoilt])
+                for s in full:
+                    if s.row in spoilt:  # the chunk that completed the block goes as well
+                        loop.truncate([s.row], s.held)
+                bad |= spoilt
+            else:
+                loop.commit()
+        with self._queues:
+            for s in streams:
+                s._done(loop, logits, int(lengths[s.row]), s.row in bad, ended=s in full)
+
+    def _fill(self, width: int, takes: dict[PoolStream, int]) -> np.ndarray:
+        """Copy the head of each queue into the batch; the positions of each row, 0 where it takes no part."""
+        fed, lengths = self._fed[width], np.zeros(self.capacity, np.int64)
+        fed[...] = 0
+        with self._queues:
+            for s, n in takes.items():
+                s._copy_head(fed[s.row, :n])
+                lengths[s.row] = n
+        return lengths
+
+    def _release(self, stream: PoolStream) -> None:
+        with self._engine, self._queues:
+            if self._loop is not None and self._rows[stream.row] is stream:
+                self._loop.zero([stream.row])
+                self._rows[stream.row] = None
+            stream._drop()
