@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from famexport.convert import convert as convert_checkpoint
     from famexport.errors import FamExportError
     from famexport.export.pipeline import export_bundle
+    from famexport.runtime.pool import Pool
     from famexport.runtime.session import Session, load
+    from famexport.runtime.snapshot import Snapshot
     from famexport.runtime.stream import Stream
 
 __version__ = "0.1.0"
@@ -31,7 +33,9 @@ _HOMES = {
     "Bundle": "famexport.bundle",
     "FamConfig": "famexport.config",
     "FamExportError": "famexport.errors",
+    "Pool": "famexport.runtime.pool",
     "Session": "famexport.runtime.session",
+    "Snapshot": "famexport.runtime.snapshot",
     "StepContract": "famexport.contract",
     "Stream": "famexport.runtime.stream",
     "TensorSpec": "famexport.contract",
@@ -48,7 +52,9 @@ __all__ = [
     "Bundle",
     "FamConfig",
     "FamExportError",
+    "Pool",
     "Session",
+    "Snapshot",
     "StepContract",
     "Stream",
     "TensorSpec",

@@ -59,6 +59,12 @@ class Checkpoint:
         path = self.path / "tokenizer.json"
         return path if path.is_file() else None
 
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """``tokenizer.json``, and what goes with it: chat template, special tokens. None of them without the first."""
+        if self.tokenizer is None:
+            return {}
+        return {name: (self.path / name).read_bytes() for name in TOKENIZER_FILES if (self.path / name).is_file()}
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint that carries a ``"fam"`` object, and check that every weight is there in its shape.

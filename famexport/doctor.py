@@ -13,6 +13,7 @@ from famexport.runtime.process import device_facts
 PARTS = {
     "onnxruntime": ("cpu", "running bundles on the CPU (backend ort-cpu)"),
     "tokenizers": ("text", "streaming text rather than token ids"),
+    "jinja2": ("text", "chat templates"),
     "torch": ("export", "exporting, and the reference backend torch"),
     "onnx": ("export", "exporting"),
     "onnxscript": ("export", "exporting"),

@@ -49,6 +49,16 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Text of token ids as they come, special tokens left out; a character whose bytes are not all there waits."""
+    from tokenizers.decoders import DecodeStream
+
+    decoder = DecodeStream(skip_special_tokens=True)
+    for token in ids:
+        if text := decoder.step(tokenizer, token):
+            yield text
+
+
 def stream_tokens(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[np.ndarray]:
     """Token ids of a text without end, int64 [n] at a time: those of the whole text, without special tokens.
 

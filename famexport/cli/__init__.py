@@ -45,9 +45,10 @@ def _options(
 
 
 def _register() -> None:
-    from famexport.cli import look, make, use
+    from famexport.cli import look, make, talk, use
 
-    for command in (make.init, make.convert, make.export, use.run, use.bench, use.verify, look.inspect, look.doctor):
+    makers = make.init, make.convert, make.export
+    for command in (*makers, talk.run, talk.chat, use.bench, use.verify, look.inspect, look.doctor):
         app.command()(command)
 
 

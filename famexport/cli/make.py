@@ -91,6 +91,9 @@ def _say_checkpoint(path: Path, quiet: bool, json: bool) -> None:
         )
 
 
+_CURVES = ("logits_error", "state_error")
+
+
 def export(
     checkpoint: opt.Checkpoint,
     output: Target,
@@ -99,6 +102,13 @@ def export(
     batch: Annotated[str, typer.Option(help="Rows of the batch, or 'dynamic'.")] = "1",
     logits: Annotated[opt.Logits, typer.Option(help="Logits of all rows of a block, or of the last.")] = opt.Logits.all,
     inputs: Annotated[opt.Inputs, typer.Option(help="What the step takes.")] = opt.Inputs.tokens,
+    graphs: Annotated[
+        opt.Graphs, typer.Option(help="block: block_step alone; all: append_step and commit_block too, to generate.")
+    ] = opt.Graphs.block,
+    chunk: Annotated[
+        list[int] | None,
+        typer.Option(help="Positions append_step takes at once; repeat for several.", min=1, show_default="1"),
+    ] = None,
     parity_blocks: Annotated[
         int | None, typer.Option(help="Blocks of the parity check.", min=2, show_default="256, fewer for large models")
     ] = None,
@@ -109,6 +119,8 @@ def export(
     json: opt.Json = False,
 ) -> None:
     """Trace one block step into ONNX, check it against torch in a closed loop, and publish a bundle."""
+    if chunk and graphs is opt.Graphs.block:
+        raise UsageError("--chunk is for append_step, which this bundle would not have; add --graphs all")
     if batch != "dynamic" and not batch.isdecimal():
         raise UsageError(f"--batch must be a positive number or 'dynamic', got {batch!r}")
     from famexport.export.pipeline import export_bundle
@@ -122,12 +134,14 @@ def export(
             batch=batch if batch == "dynamic" else int(batch),
             inputs=inputs.value,
             logits=logits.value,
+            graphs=graphs.value,
+            chunks=chunk or (1,),
             parity_blocks=parity_blocks,
             tolerance=tolerance,
             progress=report,
         )
     parity, manifest = bundle.manifest.parity, bundle.manifest
-    worst = max(*parity["logits_error"], *parity["state_error"])
+    worst = max(e for p in (parity, parity.get("append", {})) for k in _CURVES for e in p.get(k, ()))
     if json:
         files = {name: entry.bytes for name, entry in manifest.files.items()}
         print_json({"bundle": str(output), "id": bundle.id, "files": files, "worst_error": worst, "parity": parity})

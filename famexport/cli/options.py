@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+BACKENDS = "auto, ort-cpu or torch."
 Json = Annotated[bool, typer.Option("--json", help="The result on stdout as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
 Threads = Annotated[
@@ -15,6 +16,14 @@ Threads = Annotated[
 ]
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint directory.", metavar="CKPT")]
 Bundle = Annotated[Path, typer.Argument(help="A bundle directory.", metavar="BUNDLE")]
+
+
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token; above, tokens are drawn.", min=0.0)]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.", min=1, show_default="all")]
+TopP = Annotated[
+    float | None, typer.Option(help="Draw from the fewest tokens with this much probability.", show_default="all")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the draw.", min=0, show_default="a fresh one")]
 
 
 class Dtype(str, Enum):
@@ -27,6 +36,16 @@ class Precision(str, Enum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+
+
+class Graphs(str, Enum):
+    block = "block"
+    all = "all"
+
+
+class Mode(str, Enum):
+    block = "block"
+    token = "token"  # noqa: S105 - no password
 
 
 class Logits(str, Enum):

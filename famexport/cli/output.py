@@ -22,13 +22,13 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, sort_keys=True), flush=True)
 
 
-def print_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """A two-column table of plain values."""
+def print_facts(title: str, facts: Mapping[str, Any], console: Console | None = None) -> None:
+    """A two-column table of plain values, on stdout unless another console is given."""
     columns = Column(), Column(overflow="fold")  # folded, not cut: an id is there to be copied
     table = Table(*columns, title=title, show_header=False, title_justify="left")
     for key, value in facts.items():
         table.add_row(key.replace("_", " "), shown(key, value))
-    out.print(table)
+    (console or out).print(table)
 
 
 def shown(key: str, value: Any) -> str:

@@ -86,8 +86,8 @@ def export_bundle(
         files = _write_graphs(temp, models, what, precision, report)
         parity, golden = _compare(temp, files, what, precision, parity_blocks, tolerance, seed, report)
         (temp / GOLDEN).write_bytes(golden.to_bytes())
-        if what.tokenizer:
-            (temp / TOKENIZER).write_bytes(what.tokenizer)
+        for name, content in what.tokenizer.items():
+            (temp / name).write_bytes(content)
         manifest = Manifest(
             contract=what.contract,
             config=what.config,

@@ -48,7 +48,7 @@ class Source:
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     fam_trained: bool | None = None
-    tokenizer: bytes | None = None
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
     cost: dict[str, int] = field(default_factory=dict)
 
 
@@ -104,7 +104,7 @@ def checkpoint_source(
         constants={f"rope.{name}": buffer.numpy() for name, buffer in table},
         config=config.to_dict(),
         fam_trained=checkpoint.fam_trained if config.fam_length else None,
-        tokenizer=checkpoint.tokenizer.read_bytes() if checkpoint.tokenizer else None,
+        tokenizer=checkpoint.tokenizer_files(),
         cost=_cost(config, ITEM_BYTES[PRECISION_DTYPE[precision]], logits),
     )
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from famexport.bundle import Bundle
 from famexport.errors import UsageError
 from famexport.text import check_tokens, open_tokenizer, read_text, read_token_ids, stream_tokens
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def token_source(bundle: Bundle, source: Path | IO[bytes], *, as_tokens: bool = False) -> Iterator[np.ndarray]:
@@ -24,9 +27,8 @@ def token_source(bundle: Bundle, source: Path | IO[bytes], *, as_tokens: bool = 
     """
     if isinstance(source, Path) and not source.exists():  # a pipe will do; a directory is refused where it is read
         raise UsageError(f"no such file: {source}")
-    name = bundle.manifest.tokenizer
-    ids_given = as_tokens or name is None or (isinstance(source, Path) and source.suffix == ".npy")
-    pieces = read_token_ids(source) if ids_given else _text_ids(bundle.file(str(name)), source)
+    ids_given = bundle.manifest.tokenizer is None or as_tokens or (isinstance(source, Path) and source.suffix == ".npy")
+    pieces = read_token_ids(source) if ids_given else stream_tokens(bundle_tokenizer(bundle), read_text(source))
     at = 0
     for ids in pieces:
         check_tokens(ids, bundle.contract.vocab_size, at)
@@ -34,6 +36,15 @@ def token_source(bundle: Bundle, source: Path | IO[bytes], *, as_tokens: bool = 
         yield ids
 
 
-def _text_ids(tokenizer_file: Path, source: Path | IO[bytes]) -> Iterator[np.ndarray]:
-    tokenizer = open_tokenizer(tokenizer_file)
-    yield from stream_tokens(tokenizer, read_text(source))
+def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The bundle's tokenizer.
+
+    Raises:
+        UsageError: it has none.
+    """
+    name = bundle.manifest.tokenizer
+    if name is None:
+        raise UsageError(
+            f"{bundle.path} has no tokenizer; put a tokenizer.json into the checkpoint and export it again"
+        )
+    return open_tokenizer(bundle.file(name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -70,7 +70,7 @@ class Sampler:
 
 def generate(
     stream: Feedable, prompt: object, max_new_tokens: int, sampler: Sampler, stop: Collection[int]
-) -> Iterator[int]:
+) -> Generator[int, None, int | None]:
     """See ``TokenStream.generate``. What can be checked is checked now, not when the first token is asked for."""
     if stream.contract.inputs[0].name != "tokens":
         raise UsageError(f"this bundle takes {stream.contract.inputs[0]}, not tokens; it cannot generate")
@@ -88,7 +88,7 @@ def generate(
     return _tokens(stream, max_new_tokens, sampler, frozenset(stop))
 
 
-def _tokens(stream: Feedable, count: int, sampler: Sampler, stop: frozenset[int]) -> Iterator[int]:
+def _tokens(stream: Feedable, count: int, sampler: Sampler, stop: frozenset[int]) -> Generator[int, None, int | None]:
     one = np.empty((1, 1), np.int64)
 
     def keep(token: int) -> None:
@@ -102,9 +102,10 @@ def _tokens(stream: Feedable, count: int, sampler: Sampler, stop: frozenset[int]
         token = sampler(logits[0])
         if token in stop:
             keep(token)
-            return
+            return token
         try:
             yield token
         finally:  # also where the caller stops here: what was given is in the state
             if not stream.closed:
                 keep(token)
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ class RunReport:
     tokens_per_s: float = 0.0
     latency_ms: dict[str, float] = field(default_factory=dict)
     state_bytes: int = 0
+    generated: int = 0
+    token_ms: dict[str, float] = field(default_factory=dict)
     rss_bytes: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def run_tokens(
     session: Session,
     ids: Iterable[np.ndarray],
     *,
+    stream: Stream | None = None,
     scores: Callable[[bytes], None] | None = None,
     progress: Callable[[RunReport], None] | None = None,
 ) -> RunReport:
@@ -67,11 +71,12 @@ def run_tokens(
 
     Args:
         ids: int64 arrays [n], of any lengths.
+        stream: one of the session's to go on with, also in the middle of a block; it stays open. None: a fresh one.
         scores: appends bytes: a line per token, its log-probability given all before it; the first is ``nan``.
         progress: called after every block with the figures so far.
     Raises:
         UsageError: the bundle cannot be run on one row of tokens, or gives too few logits for scores.
-        InvalidInputError: no tokens at all.
+        InvalidInputError: no tokens at all, for a fresh stream.
         ContractError: an array that holds no token ids, or ids outside the vocabulary.
     """
     contract = session.contract
@@ -86,8 +91,10 @@ def run_tokens(
     scorer = _Scorer(scores) if contract.logits == "all" else None
     seconds: list[float] = []
     started = time.perf_counter()
-    with session.stream() as stream:
-        for block, logits, elapsed in _timed_blocks(stream, ids):
+    with nullcontext(stream) if stream else session.stream() as running:
+        if scorer and running.last_logits is not None:
+            scorer.go_on(running.last_logits)
+        for block, logits, elapsed in _timed_blocks(running, ids):
             if elapsed is not None:
                 seconds.append(elapsed)
                 report.blocks += 1
@@ -101,35 +108,40 @@ def run_tokens(
             report.rss_bytes["max"] = max(report.rss_bytes.get("max", 0), now)
             if progress:
                 progress(report)
-    if not report.tokens:
-        raise InvalidInputError("the input is empty; expected at least one token")
+        if not (report.tokens or running.blocks or running.held):
+            raise InvalidInputError("the input is empty; expected at least one token")
     report.latency_ms = {name: value * 1e3 for name, value in percentiles(seconds).items()}
     return report
 
 
 def _timed_blocks(stream: Stream, ids: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, float | None]]:
-    """(tokens, their logits, seconds of the step); the last, incomplete block has no time: it is no block's latency."""
+    """(tokens, their logits, seconds of the step); what is less than a block has no time: it is no block's latency."""
     size = stream.contract.block_size
     out = np.empty(stream.contract.outputs[0].sized(1), np.float32)
-    block, held = np.zeros((1, size), np.int64), 0
+    for rows in stream.regroup(_checked(ids)):
+        start = time.perf_counter()
+        logits = stream.add(rows, out)
+        elapsed = time.perf_counter() - start
+        yield rows[0], logits[0], elapsed if rows.shape[1] == size else None
+
+
+def _checked(ids: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     for piece in ids:
-        if piece.ndim != 1 or piece.dtype.kind not in "iu":  # an assignment would round, or broadcast
+        if piece.ndim != 1 or piece.dtype.kind not in "iu":  # a batch of one would take [1, n], too
             raise ContractError(f"token ids are {piece.dtype} {list(piece.shape)}, expected integers [n]")
-        at = 0
-        while at < len(piece):
-            n = min(size - held, len(piece) - at)
-            block[0, held : held + n] = piece[at : at + n]
-            held, at = held + n, at + n
-            if held == size:
-                start = time.perf_counter()
-                stream.step(block, out)
-                yield block[0], out[0], time.perf_counter() - start
-                held = 0
-    if held:
-        for logits in stream.feed([block[:, :held]], out):
-            yield block[0, :held], logits[0], None
-        if stream.contract.logits != "all":
-            yield block[0, :held], out[0, :0], None
+        yield piece
+
+
+def timed_tokens(report: RunReport, tokens: Iterable[int]) -> Iterator[int]:
+    """Pass ``tokens`` on as they are generated, and note their number and times: ms from one to the next."""
+    seconds: list[float] = []
+    before = time.perf_counter()
+    for token in tokens:
+        now = time.perf_counter()
+        seconds.append(now - before)
+        report.generated, before = len(seconds), now
+        yield token
+    report.token_ms = {name: value * 1e3 for name, value in percentiles(seconds).items()}
 
 
 class _Scorer:
@@ -143,6 +155,10 @@ class _Scorer:
     @property
     def loss(self) -> float | None:
         return -self._total / self._count if self._count else None
+
+    def go_on(self, logits: np.ndarray) -> None:
+        """Take up after a position whose logits [1, V] these are."""
+        self._before = logits.copy()
 
     def add(self, tokens: np.ndarray, logits: np.ndarray) -> None:
         parts = [log_probabilities(logits[:-1], tokens[1:])]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from famexport.bundle import open_bundle
 from famexport.errors import BundleError
+from famexport.runtime.chunks import advance_by_chunks
 from famexport.runtime.golden import replay
 from famexport.runtime.session import load
+
+_APPENDED_BLOCKS = 2  # by append_step and commit_block; the second reads what the first left behind
 
 
 def verify(
@@ -31,7 +35,14 @@ def verify(
     batch = int(manifest.parity["batch"]) if bundle.contract.batch == "dynamic" else None
     with load(bundle, backend) as session:
         loop = session.backend.open(batch)
-        result = replay(bundle.read(manifest.golden), loop, float(manifest.parity["tolerance"]))
+        recorded, tolerance = bundle.read(manifest.golden), float(manifest.parity["tolerance"])
+        result = replay(recorded, loop, tolerance)
+        more = {}
+        if bundle.contract.chunks:
+            by_chunks = replay(
+                recorded, loop, tolerance, advance=partial(advance_by_chunks, loop), blocks=_APPENDED_BLOCKS
+            )
+            more = {"append_blocks": by_chunks.blocks, "append_error": max(by_chunks.logits_error)}
         loop.close()
         info = session.info()
     return {
@@ -43,4 +54,5 @@ def verify(
         "logits_error": max(result.logits_error),
         "state_error": result.state_error,
         "tolerance": result.tolerance,
+        **more,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -51,7 +51,7 @@ class TokenStream(ABC):
         top_p: float | None = None,
         seed: int | None = None,
         stop: Collection[int] = (),
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, int | None]:
         """Feed ``prompt``, then yield token ids as they are chosen, each fed back in turn.
 
         Once the iterator has ended or was closed, every token that it gave is in the state, and so is the token of
@@ -61,6 +61,8 @@ class TokenStream(ABC):
             prompt: token ids [n]; empty to go on from what was fed before.
             temperature, top_k, top_p, seed: as in ``Sampler``; a temperature of 0 takes the most likely token.
             stop: token ids that end the text.
+        Returns:
+            an iterator of token ids; as a generator it returns the token of ``stop`` that ended it, or None.
         Raises:
             UsageError: options out of range, or a bundle or stream that cannot generate.
             ContractError: no token to begin with, or ids outside the vocabulary.

@@ -1,0 +1,213 @@
+"""Commands that stream: run, chat."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.live import Live
+
+from famexport.cli import options as opt
+from famexport.cli.output import err, out, print_facts, print_json, size
+
+if TYPE_CHECKING:
+    from famexport.runtime.session import Session
+    from famexport.runtime.stream import Stream
+
+
+def run(
+    bundle: opt.Bundle,
+    input: Annotated[
+        str,
+        typer.Option("--input", "-i", help="A text file, token ids (.npy or whitespace-separated), or - for stdin."),
+    ] = "-",
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="The input is token ids, also where there is a tokenizer.")
+    ] = False,
+    generate: Annotated[int, typer.Option(help="Then generate up to N tokens, to stdout as they are made.", min=0)] = 0,
+    temperature: opt.Temperature = 0.0,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    seed: opt.Seed = None,
+    load_state: Annotated[Path | None, typer.Option(help="Go on from a state that --save-state wrote.")] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Write the state at the end to this file.")] = None,
+    any_engine: Annotated[
+        bool, typer.Option("--any-engine", help="Load a state that another backend or export computed, too.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help=opt.BACKENDS)] = "auto",
+    scores: Annotated[Path | None, typer.Option(help="Write one log-probability per token to this file.")] = None,
+    threads: opt.Threads = None,
+    quiet: opt.Quiet = False,
+    json: opt.Json = False,
+) -> None:
+    """Stream a file or stdin of any length through a bundle, in constant memory; then generate, if asked to."""
+    from famexport.publish import staged_file
+    from famexport.runtime.feeding import token_source
+    from famexport.runtime.score import RunReport, run_tokens, timed_tokens
+    from famexport.runtime.session import load
+    from famexport.runtime.snapshot import Snapshot
+
+    saved = Snapshot.load(load_state) if load_state else None
+    with load(bundle, backend, threads=threads) as session, session.stream() as stream:
+        if saved:
+            stream.restore(saved, any_engine=any_engine)
+        source = sys.stdin.buffer if input == "-" else Path(input)
+        ids = token_source(session.bundle, source, as_tokens=tokens)
+        live = None if quiet or not err.is_terminal else Live(console=err, transient=True, refresh_per_second=4)
+
+        def show(report: RunReport) -> None:
+            if live:
+                live.update(_progress_line(report))
+
+        with staged_file(scores) if scores else nullcontext() as write, live or nullcontext():
+            report = run_tokens(session, ids, stream=stream, scores=write, progress=show)
+        made: list[int] = []
+        if generate:
+            sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+            chosen = timed_tokens(report, _generated(session, stream, generate, sampling))
+            made = _print_tokens(session, chosen, tokens, silent=json)
+        if save_state:
+            stream.snapshot().save(save_state)
+    if json:
+        more = {"tokens_generated": made, "text": _text(session, made)} if generate else {}
+        print_json({"bundle": str(bundle), **report.to_dict(), **more})
+    elif not quiet:
+        print_facts(f"{bundle} on {report.backend}", _run_facts(report), err if generate else out)
+
+
+def chat(
+    bundle: opt.Bundle,
+    system: Annotated[str | None, typer.Option(help="What to tell the model first.", show_default="its own")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens after which an answer is cut short.", min=1)] = 256,
+    temperature: opt.Temperature = 0.0,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    seed: opt.Seed = None,
+    backend: Annotated[str, typer.Option(help=opt.BACKENDS)] = "auto",
+    threads: opt.Threads = None,
+    json: opt.Json = False,
+) -> None:
+    """Hold a conversation without end, in constant memory: a line in, an answer out, until the input ends."""
+    from famexport.chat_template import chat_template, stop_ids
+    from famexport.runtime.chat import Chat
+    from famexport.runtime.feeding import bundle_tokenizer
+    from famexport.runtime.session import load
+
+    with load(bundle, backend, threads=threads) as session, session.stream() as stream:
+        tokenizer = bundle_tokenizer(session.bundle)
+        template = chat_template(session.bundle)
+        _note_slow(session)
+        talk = Chat(stream, tokenizer, template, stop_ids(session.bundle, tokenizer), system)
+        for message in _messages():
+            pieces = []
+            with _answer_may_be_cut():
+                for piece in talk.say(
+                    message, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+                ):
+                    pieces.append(piece)
+                    if not json:
+                        print(piece, end="", flush=True)
+            if json:
+                print_json({"message": message, "answer": "".join(pieces), "blocks": stream.blocks})
+            else:
+                print(flush=True)
+
+
+def _messages() -> Iterator[str]:
+    """Lines of stdin that say something; at a terminal with a prompt."""
+    asks = sys.stdin.isatty() and err.is_terminal
+    while True:
+        if asks:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+@contextmanager
+def _answer_may_be_cut() -> Iterator[None]:
+    """At a terminal, Ctrl-C ends the answer and not the conversation."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+
+
+def _generated(session: Session, stream: Stream, count: int, sampling: dict[str, Any]) -> Iterator[int]:
+    from famexport.chat_template import stop_ids
+    from famexport.runtime.feeding import bundle_tokenizer
+
+    _note_slow(session)
+    stop = stop_ids(session.bundle, bundle_tokenizer(session.bundle)) if session.bundle.manifest.tokenizer else set()
+    return stream.generate([], count, stop=stop, **sampling)
+
+
+def _note_slow(session: Session) -> None:
+    if not session.contract.chunks:
+        err.print("note: this bundle has block_step alone, so each token costs a block; export it with --graphs all")
+
+
+def _print_tokens(session: Session, chosen: Iterator[int], as_ids: bool, *, silent: bool) -> list[int]:
+    """Print tokens as they come, as text where the bundle has a tokenizer; all of them."""
+    from famexport.runtime.feeding import bundle_tokenizer
+    from famexport.text import stream_text
+
+    made: list[int] = []
+
+    def kept() -> Iterator[int]:
+        for token in chosen:
+            made.append(token)
+            yield token
+
+    if silent:
+        list(kept())
+        return made
+    if session.bundle.manifest.tokenizer and not as_ids:
+        for piece in stream_text(bundle_tokenizer(session.bundle), kept()):
+            print(piece, end="", flush=True)
+    else:
+        for token in kept():
+            print(token, end=" ", flush=True)
+    print(flush=True)
+    return made
+
+
+def _text(session: Session, ids: list[int]) -> str | None:
+    from famexport.runtime.feeding import bundle_tokenizer
+    from famexport.text import stream_text
+
+    if not session.bundle.manifest.tokenizer:
+        return None
+    return "".join(stream_text(bundle_tokenizer(session.bundle), ids))
+
+
+def _progress_line(report: Any) -> str:
+    loss = f"  loss {report.loss:.3f}" if report.loss is not None else ""
+    return (
+        f"{report.tokens:,} tokens  {report.tokens_per_s:,.0f} tokens/s{loss}  memory {size(report.rss_bytes['last'])}"
+    )
+
+
+def _run_facts(report: Any) -> dict[str, Any]:
+    latency, rss = report.latency_ms, report.rss_bytes
+    return {
+        "tokens": f"{report.tokens:,} in {report.blocks:,} whole blocks of {report.block_size}",
+        "loss": f"{report.loss:.4f} nats per token" if report.loss is not None else "-",
+        "tokens_per_s": f"{report.tokens_per_s:,.1f}",
+        "ms per block": f"p50 {latency['p50']:.2f}  p99 {latency['p99']:.2f}" if latency else "- (no whole block)",
+        **({"generated": _generated_line(report)} if report.generated else {}),
+        "state": f"{size(report.state_bytes)} ({report.precision})",
+        "resident memory": f"{size(rss['first'])} after the first block, {size(rss['last'])} at the end",
+    }
+
+
+def _generated_line(report: Any) -> str:
+    ms = report.token_ms
+    return f"{report.generated:,} tokens, ms per token p50 {ms['p50']:.2f}  p99 {ms['p99']:.2f}"

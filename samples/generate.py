@@ -1,0 +1,37 @@
+"""Generate from a prompt, then try another continuation of the same text from a snapshot.
+
+Needs append_step to be quick: famexport export CKPT -o BUNDLE --graphs all --chunk 1 --chunk 16
+python samples/generate.py BUNDLE "Once upon a time" [TOKENS]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+import famexport as fx
+from famexport.chat_template import stop_ids
+from famexport.runtime.feeding import bundle_tokenizer
+from famexport.text import stream_text
+
+
+def main(bundle: str, prompt: str, tokens: str = "40") -> None:
+    with fx.load(bundle) as session, session.stream() as stream:
+        tokenizer = bundle_tokenizer(session.bundle)
+        stop = stop_ids(session.bundle, tokenizer)
+        ids = np.array(tokenizer.encode(prompt, add_special_tokens=False).ids, np.int64)
+        for _ in stream.feed([ids]):
+            pass
+        read = stream.snapshot()  # the prompt is read once
+        for temperature, seed in ((0.0, None), (0.8, 1), (0.8, 2)):
+            stream.restore(read)
+            made = stream.generate([], int(tokens), temperature=temperature, top_p=0.95, seed=seed, stop=stop)
+            print(f"[temperature {temperature}] {prompt}", end="")
+            for text in stream_text(tokenizer, made):
+                print(text, end="", flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
