@@ -250,7 +250,7 @@ class FamModel(nn.Module):
                 if memory is not None:
                     moved = torch.cat([memory[j][:, :, c.block_size :], opened[j]], 2)
                     new[f"past_{kv}_{i:02d}"] = torch.where(full[..., None], moved, memory[j])
-                new[f"past_open_{kv}_{i:02d}"] = torch.where(full[..., None], torch.zeros_like(opened[j]), opened[j])
+                new[f"past_open_{kv}_{i:02d}"] = torch.where(full[..., None], opened[j].new_zeros(()), opened[j])
         return new
 
     def _embed(self, inputs: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class FamModel(nn.Module):
             if first is not None:
                 past = state[f"past_fam_{i:02d}"].float()
                 fam = torch.where(started, past, first[i])
-                residual = torch.where(started, past, torch.zeros_like(first[i]))
+                residual = torch.where(started, past, past.new_zeros(()))
             if self.config.memory_segments:
                 memory = state[f"past_key_{i:02d}"], state[f"past_value_{i:02d}"]
             yield fam, residual, memory

@@ -48,12 +48,12 @@ class Rope(nn.Module):
     @property
     def token(self) -> Rotary:
         """The T tokens of the open block, as keys and as queries."""
-        return _rows(self.query, slice(-self.block_size, None))
+        return self._table("token")
 
     @property
     def fam_query(self) -> Rotary:
         """F_{tau-1} as the query that compresses block tau."""
-        return _rows(self.query, slice(-self.block_size))
+        return self._table("fam_query")
 
     def at(self, positions: Tensor) -> Rotary:
         """Rows of ``token`` for positions in the open block: int64 [b, n] -> cos and sin [b, 1, n, Dh/2]."""
@@ -68,18 +68,17 @@ def rotate(x: Tensor, table: Rotary) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def _rows(table: Rotary, rows: slice) -> Rotary:
-    return table[0][rows], table[1][rows]
-
-
 def rotary_tables(config: FamConfig) -> dict[str, Rotary]:
-    """The four constant tables, computed in float64, given in float32: query, key, memory, prompt."""
+    """The constant tables, computed in float64, given in float32, by the names of ``Rope``'s properties."""
     c, t, f = config, config.block_size, config.fam_length
     tokens = torch.arange(t)
     before, inside = torch.arange(-f, 0), torch.arange(t - f, t)
+    fam_query = inside if c.fam_query_position == "current" else before
     positions = {
-        "query": torch.cat([inside if c.fam_query_position == "current" else before, tokens]),
+        "query": torch.cat([fam_query, tokens]),
+        "fam_query": fam_query,
         "key": torch.cat([before, tokens]),
+        "token": tokens,
         "memory": torch.arange(-c.memory_segments * t, 0),
         "prompt": before,
     }
