@@ -43,7 +43,7 @@ class ChatTemplate:
             raise MissingDependencyError("jinja2", "text", "a chat template") from exc
         if len(source) > MAX_TEMPLATE_CHARS:
             raise InvalidInputError(
-                f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARS} are run"
+                f"the chat template has {len(source)} characters, expected at most {MAX_TEMPLATE_CHARS}"
             )
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse

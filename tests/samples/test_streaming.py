@@ -1,0 +1,64 @@
+"""The samples over streams: each does its one job, on a small model, in under 60 lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import famexport as fx
+from samples import generate, many_streams, stream_file
+from tests.chatting import talking_checkpoint
+from tests.conftest import TEXT
+
+Bundles = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("module", [generate, many_streams, stream_file])
+def test_it_is_short(module: object) -> None:
+    assert len(Path(str(module.__file__)).read_text().splitlines()) < 60  # type: ignore[attr-defined]
+
+
+def test_stream_file_goes_on_where_it_stopped(
+    bundles: Bundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, state = tmp_path / "text", tmp_path / "state"
+    text.write_text(TEXT * 10)  # 150 words
+    stream_file.main(str(bundles("text")), str(text), str(state))
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "from token 0 on"
+    assert last.startswith("18 blocks, ")
+    assert "nats per token" in last
+    text.write_text(TEXT * 15)
+    stream_file.main(str(bundles("text")), str(text), str(state))
+    again = capsys.readouterr().out.splitlines()
+    assert again[0] == "from token 144 on"
+    assert again[1].startswith("28 blocks, ")
+    whole = fx.Snapshot.load(state)
+    state.unlink()
+    stream_file.main(str(bundles("text")), str(text), str(state))
+    once = fx.Snapshot.load(state)
+    assert whole.blocks == once.blocks == 28
+    assert {n: a.tobytes() for n, a in whole.state.items()} == {n: a.tobytes() for n, a in once.state.items()}
+
+
+def test_many_streams_serves_everyone(bundles: Bundles, capsys: pytest.CaptureFixture[str]) -> None:
+    many_streams.main(str(bundles("all_dynamic")), "6", "5")
+    *users, total = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in users] == [f"user {i}" for i in range(6)]
+    assert total.startswith("30 tokens in ")
+    many_streams.main(str(bundles("all_dynamic")), "6", "5")
+    assert capsys.readouterr().out.splitlines()[:-1] == users  # whoever shared a batch with whom
+
+
+def test_generate_reads_the_prompt_once(
+    tmp_path: Path, make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = talking_checkpoint(tmp_path / "checkpoint", make_checkpoint)
+    bundle = fx.export_bundle(checkpoint, tmp_path / "bundle", graphs="all", parity_blocks=2)
+    generate.main(str(bundle.path), "what is rain", "12")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("]")[0] for line in lines] == ["[temperature 0.0", "[temperature 0.8", "[temperature 0.8"]
+    assert all("] what is rain" in line for line in lines)
+    assert len(set(lines)) == 3
