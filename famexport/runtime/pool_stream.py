@@ -94,6 +94,7 @@ class PoolStream(TokenStream):
         while True:
             yield from self.take()
             if self._error is None and not self.queued:
+                self._live()  # it may have been closed meanwhile
                 return
             with self._pool._engine:
                 served = 0
