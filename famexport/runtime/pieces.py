@@ -26,7 +26,7 @@ class Pieces:
 
     def __init__(self, contract: StepContract, batch: int) -> None:
         self._spec, self._vocab, self.batch = contract.inputs[0], contract.vocab_size, batch
-        self._block = self._spec.sized(batch)
+        self._block = (batch, *self._spec.sized(batch)[1:])  # a row of a pool has a batch of its own
 
     def array(self, value: object) -> np.ndarray:
         try:

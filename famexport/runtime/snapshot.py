@@ -165,10 +165,14 @@ def _about(tree: Any) -> dict[str, Any]:
 
 
 def _specs(contract: StepContract, batch: int) -> dict[str, TensorSpec]:
-    specs = {s.name: TensorSpec(s.name, s.dtype, s.sized(batch)) for s in contract.all_states}
-    logits = TensorSpec(_LAST_LOGITS, "float32", (batch, contract.vocab_size))
+    """What a snapshot of ``batch`` rows may hold; one of a pool's row has fewer than the contract."""
     fed = contract.inputs[0]
-    return {**specs, _LAST_LOGITS: logits, _OPEN_INPUTS: TensorSpec(_OPEN_INPUTS, fed.dtype, fed.sized(batch))}
+    specs = {
+        **{s.name: s for s in contract.all_states},
+        _LAST_LOGITS: TensorSpec(_LAST_LOGITS, "float32", (batch, contract.vocab_size)),
+        _OPEN_INPUTS: TensorSpec(_OPEN_INPUTS, fed.dtype, fed.shape),
+    }
+    return {name: TensorSpec(name, s.dtype, (batch, *s.shape[1:])) for name, s in specs.items()}
 
 
 def _read(path: Path, specs: Mapping[str, TensorSpec], sha256: str) -> Arrays:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,3 +49,13 @@ def state_bytes(stream: Any) -> dict[str, bytes]:
 
 def same_state(a: Any, b: Any) -> bool:
     return state_bytes(a) == state_bytes(b)
+
+
+def digests(stream: Any, pieces: list[np.ndarray]) -> list[str]:
+    """SHA-256 of the logits of ``pieces``, each fed alone, and of the state after them."""
+    logits = hashlib.sha256()
+    for piece in pieces:
+        for part in stream.feed([piece]):
+            logits.update(np.ascontiguousarray(part).data)
+    state = hashlib.sha256(b"".join(state_bytes(stream).values()))
+    return [logits.hexdigest(), state.hexdigest()]
