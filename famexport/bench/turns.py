@@ -36,7 +36,7 @@ class Turns:
         self.contract, self.streams, self._rng = bundle.contract, streams, rng
         self._tolerance = float(bundle.manifest.parity.get("tolerance", 1e-3))
         self.batch = next(iter(streams.values())).batch
-        self._outs = {n: np.empty(self.contract.outputs[0].sized(self.batch), np.float32) for n in streams}
+        self._outs = {n: np.zeros(self.contract.outputs[0].sized(self.batch), np.float32) for n in streams}
 
     def random(self, positions: int) -> np.ndarray:
         """Input for all rows: tokens, or embeddings."""

@@ -15,8 +15,9 @@ from famexport.cli import options as opt
 from famexport.cli.output import err, out, print_facts, print_json, size
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from famexport.runtime.session import Session
-    from famexport.runtime.stream import Stream
 
 
 def run(
@@ -45,11 +46,13 @@ def run(
     json: opt.Json = False,
 ) -> None:
     """Stream a file or stdin of any length through a bundle, in constant memory; then generate, if asked to."""
+    from famexport.chat_template import stop_ids
     from famexport.publish import staged_file
-    from famexport.runtime.feeding import token_source
+    from famexport.runtime.feeding import bundle_tokenizer, token_source
     from famexport.runtime.score import RunReport, run_tokens, timed_tokens
     from famexport.runtime.session import load
     from famexport.runtime.snapshot import Snapshot
+    from famexport.text import stream_text
 
     saved = Snapshot.load(load_state) if load_state else None
     with load(bundle, backend, threads=threads) as session, session.stream() as stream:
@@ -66,17 +69,37 @@ def run(
         with staged_file(scores) if scores else nullcontext() as write, live or nullcontext():
             report = run_tokens(session, ids, stream=stream, scores=write, progress=show)
         made: list[int] = []
+        tokenizer = bundle_tokenizer(session.bundle) if generate and session.bundle.manifest.tokenizer else None
         if generate:
-            sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-            chosen = timed_tokens(report, _generated(session, stream, generate, sampling))
-            made = _print_tokens(session, chosen, tokens, silent=json)
+            _note_slow(session)
+            stop = stop_ids(session.bundle, tokenizer) if tokenizer else ()
+            chosen = stream.generate(
+                [], generate, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
+            )
+            for shown in _shown(timed_tokens(report, chosen), made, None if tokens else tokenizer):
+                if not json:
+                    print(shown, end="", flush=True)
+            if not json:
+                print(flush=True)
         if save_state:
             stream.snapshot().save(save_state)
     if json:
-        more = {"tokens_generated": made, "text": _text(session, made)} if generate else {}
-        print_json({"bundle": str(bundle), **report.to_dict(), **more})
+        more = {"tokens_generated": made, "text": "".join(stream_text(tokenizer, made)) if tokenizer else None}
+        print_json({"bundle": str(bundle), **report.to_dict(), **(more if generate else {})})
     elif not quiet:
         print_facts(f"{bundle} on {report.backend}", _run_facts(report), err if generate else out)
+
+
+def _shown(chosen: Iterator[int], made: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
+    """What to print of tokens as they come: text, or ids where there is no tokenizer. They are noted in ``made``."""
+    from famexport.text import stream_text
+
+    def noted() -> Iterator[int]:
+        for token in chosen:
+            made.append(token)
+            yield token
+
+    return stream_text(tokenizer, noted()) if tokenizer else (f"{token} " for token in noted())
 
 
 def chat(
@@ -140,52 +163,9 @@ def _answer_may_be_cut() -> Iterator[None]:
             raise
 
 
-def _generated(session: Session, stream: Stream, count: int, sampling: dict[str, Any]) -> Iterator[int]:
-    from famexport.chat_template import stop_ids
-    from famexport.runtime.feeding import bundle_tokenizer
-
-    _note_slow(session)
-    stop = stop_ids(session.bundle, bundle_tokenizer(session.bundle)) if session.bundle.manifest.tokenizer else set()
-    return stream.generate([], count, stop=stop, **sampling)
-
-
 def _note_slow(session: Session) -> None:
     if not session.contract.chunks:
         err.print("note: this bundle has block_step alone, so each token costs a block; export it with --graphs all")
-
-
-def _print_tokens(session: Session, chosen: Iterator[int], as_ids: bool, *, silent: bool) -> list[int]:
-    """Print tokens as they come, as text where the bundle has a tokenizer; all of them."""
-    from famexport.runtime.feeding import bundle_tokenizer
-    from famexport.text import stream_text
-
-    made: list[int] = []
-
-    def kept() -> Iterator[int]:
-        for token in chosen:
-            made.append(token)
-            yield token
-
-    if silent:
-        list(kept())
-        return made
-    if session.bundle.manifest.tokenizer and not as_ids:
-        for piece in stream_text(bundle_tokenizer(session.bundle), kept()):
-            print(piece, end="", flush=True)
-    else:
-        for token in kept():
-            print(token, end=" ", flush=True)
-    print(flush=True)
-    return made
-
-
-def _text(session: Session, ids: list[int]) -> str | None:
-    from famexport.runtime.feeding import bundle_tokenizer
-    from famexport.text import stream_text
-
-    if not session.bundle.manifest.tokenizer:
-        return None
-    return "".join(stream_text(bundle_tokenizer(session.bundle), ids))
 
 
 def _progress_line(report: Any) -> str:

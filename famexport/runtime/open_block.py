@@ -22,53 +22,62 @@ class AppendStream(Stream):
         super().__init__(loop, origin, on_nonfinite)
         spec = self.contract.inputs[0]
         dtype, width = STORAGE[spec.dtype], spec.sized(self.batch)[2:]
+        rows = (lambda c: c) if self.contract.logits == "all" else (lambda c: 1)
         self._length = np.zeros(self.batch, np.int64)
         self._chunks = {c: np.zeros((self.batch, c, *width), dtype) for c in self.contract.chunks}
+        self._logits = {c: np.empty((self.batch, rows(c), self.contract.vocab_size), np.float32) for c in self._chunks}
 
     def add(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """See ``Stream.add``. A whole block at a boundary is one ``block_step``."""
+        """See ``Stream.add``. A whole block at a boundary is one ``block_step``; of anything else, all is taken or
+        nothing."""
         loop, count, every = self._live(), rows.shape[1], self.contract.logits == "all"
         if count == self.contract.block_size and not self.held:
             return self._whole_block(loop, rows, self._new_logits() if out is None else out)
         shape = self.batch, count if every else 1, self.contract.vocab_size
         given = np.empty(shape, np.float32) if out is None else out.reshape(-1)[: prod(shape)].reshape(shape)
-        start, at = self.held, 0
-        while at < count:
-            width = chunk_width(self.contract, count - at)
-            n = min(width, count - at)
-            logits, bad = self._append(loop, rows[:, at : at + n], width)
-            if bad:  # all of it goes, so that what was fed at once is in the state or is not
-                self.held = start
-                loop.truncate(range(self.batch), start)
-                given[:, at if every else 0 :] = np.nan
-                self._refuse(loop, bad)
-                return given
-            if every:
-                given[:, at : at + n] = logits[:, :n]
-            else:
-                given[...] = logits
-            at += n
+        start = self.held
+        try:
+            bad = self._append_all(loop, rows, given)
+        except BaseException:  # the engine failed, or someone pressed Ctrl-C
+            self._take_back(loop, start)
+            raise
+        if bad:
+            self._take_back(loop, start)
+            self._refuse(loop, bad)
+            return given
         if not self.room:
             loop.commit()  # of the block's end
             self.held, self.blocks = 0, self.blocks + 1
         self._keep_last(given[:, -1])
         return given
 
-    def _append(self, loop: Loop, rows: np.ndarray, width: int) -> tuple[np.ndarray, list[int]]:
-        """One chunk, and the block's end if it is there, which is left to be committed: logits and bad rows."""
-        n, every = rows.shape[1], self.contract.logits == "all"
-        chunk = self._chunks[width]
-        chunk[:, :n], chunk[:, n:], self._length[:] = rows, 0, n
-        logits = np.empty((self.batch, width if every else 1, self.contract.vocab_size), np.float32)
-        loop.append(chunk, self._length, logits)
-        if bad := loop.bad_rows(logits[:, : n if every else 1]):
-            return logits, bad
-        loop.commit()
-        self.held += n
-        if self.room:
-            return logits, []
-        loop.end_block()
-        return logits, loop.bad_rows()
+    def _take_back(self, loop: Loop, held: int) -> None:
+        self.held = held
+        loop.truncate(range(self.batch), held)
+
+    def _append_all(self, loop: Loop, rows: np.ndarray, given: np.ndarray) -> list[int]:
+        """Chunk by chunk, and the block's end if it is there, which is left to be committed. The rows that went bad;
+        logits from there on are NaN."""
+        at, count, every = 0, rows.shape[1], self.contract.logits == "all"
+        while at < count:
+            width = chunk_width(self.contract, count - at)
+            n = min(width, count - at)
+            chunk, logits = self._chunks[width], self._logits[width]
+            chunk[:, :n], chunk[:, n:], self._length[:] = rows[:, at : at + n], 0, n
+            loop.append(chunk, self._length, logits)
+            bad = loop.bad_rows(logits[:, : n if every else 1])
+            if not bad:
+                loop.commit()
+                self.held += n
+                np.copyto(given[:, at : at + n] if every else given, logits[:, :n])
+                if not self.room:
+                    loop.end_block()
+                    bad = loop.bad_rows()
+            if bad:
+                given[:, at if every else 0 :] = np.nan
+                return bad
+            at += n
+        return []
 
     def _held_in(self, stored: Arrays) -> int:
         lengths = stored[OPEN_LENGTH]

@@ -144,7 +144,12 @@ class Pool:
         loop.commit([row for row in range(self.capacity) if row not in bad] if bad else None)
         full = [s for s in streams if s.row not in bad and s.room == lengths[s.row]]
         if full:
-            loop.end_block()
+            try:
+                loop.end_block()
+            except BaseException:  # nobody was told of the chunk: it is still queued
+                for s in streams:
+                    loop.truncate([s.row], s.held)
+                raise
             self.calls += 1
             if spoilt := set(loop.bad_rows()):
                 loop.commit([row for row in range(self.capacity) if row not in spoilt])

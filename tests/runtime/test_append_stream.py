@@ -153,3 +153,35 @@ def test_the_wider_chunk_is_used(sessions: Sessions, monkeypatch: pytest.MonkeyP
         feed(stream, [random_input(session.contract, 1)])
         feed(stream, [random_input(session.contract, 2 + 16 + 1)])
         assert calls == ["append_step", "append_step_c3", "commit_block", "block_step", "block_step", "append_step"]
+
+
+@pytest.mark.parametrize("fails", ["append_step", "commit_block"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_call_that_fails_takes_back_all_of_the_piece(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch, fails: str, error: type[BaseException]
+) -> None:
+    """In the second chunk of a piece, and where the piece ends the block."""
+    from famexport.runtime.ort import OrtLoop
+
+    session = sessions("all")
+    fed = random_input(session.contract, 40, seed=7)
+    run, calls = OrtLoop._run, 0
+
+    def failing(self: OrtLoop, name: str, out: np.ndarray | None) -> None:
+        nonlocal calls
+        calls += 1
+        if name == fails and calls > 1:
+            raise error("no luck")
+        run(self, name, out)
+
+    with session.stream() as stream, session.stream() as spared:
+        assert np.array_equal(feed(stream, [fed[:, :12]]), feed(spared, [fed[:, :12]]))
+        with monkeypatch.context() as patch:
+            patch.setattr(OrtLoop, "_run", failing)
+            with pytest.raises(error, match="no luck"):  # 4 positions: a chunk of 3, one of 1, and the end of the block
+                list(stream.feed([fed[:, 12:16]]))
+        assert calls > 1
+        assert same_state(stream, spared)
+        assert stream.held == 4
+        assert np.array_equal(feed(stream, [fed[:, 12:]]), feed(spared, [fed[:, 12:]]))
+        assert same_state(stream, spared)

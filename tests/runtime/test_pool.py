@@ -237,20 +237,30 @@ def test_wrong_calls(sessions: Sessions) -> None:
             call()
 
 
-def test_an_engine_that_fails_changes_nothing(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", ["block_step", "append_step", "commit_block"])
+def test_an_engine_that_fails_changes_nothing(sessions: Sessions, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     session = sessions("all_dynamic")
     text = random_input(session.contract, 21, seed=6)
-    wanted = alone(session, 2, [text])
+    wanted = alone(session, 2, [text[:, :7], text[:, 7:]])
+    run_graph = OrtLoop._run
+
+    def failing(self: OrtLoop, name: str, out: np.ndarray | None) -> None:
+        if name == fails:
+            raise fx.FamExportError("no luck")
+        run_graph(self, name, out)
+
     with session.pool(2) as pool, pool.open() as stream:
-        stream.put(text)
+        parts = list(stream.feed([text[:, :7]]))
+        stream.put(text[:, 7:])
         with monkeypatch.context() as patch:
-            patch.setattr(OrtLoop, "_run", lambda *_: (_ for _ in ()).throw(fx.FamExportError("no luck")))
+            patch.setattr(OrtLoop, "_run", failing)
             with pytest.raises(fx.FamExportError, match="no luck"):
-                pool.run()
-        assert stream.queued == 21
+                while pool.run():
+                    parts += stream.take()
         while pool.run():
             pass
-        assert same((np.concatenate(stream.take(), axis=1), stream.state()), wanted)
+        parts += stream.take()
+        assert same((np.concatenate(parts, axis=1), stream.state()), wanted)
 
 
 def test_reset_and_snapshots_of_one_row(sessions: Sessions) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from famexport.bundle import open_bundle
 from famexport.errors import BundleError, IncompatibleError, ParityError, UsageError
-from famexport.runtime.host import HostLoop
 from famexport.runtime.golden import GOLDEN_BLOCKS, relative_error, replay
+from famexport.runtime.host import HostLoop
 from famexport.runtime.ort import OrtLoop
 from famexport.runtime.selftest import verify
 
