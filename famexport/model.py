@@ -123,14 +123,16 @@ class Place:
         slots, steps = torch.arange(size, device=opened.device), torch.arange(chunk, device=opened.device)
         self.positions = (opened[:, None] + steps).clamp(max=size - 1)  # [b, c]; only padding reaches the limit
         self.rotary = rope.at(self.positions)
-        hits = (slots[:, None] == self.positions[:, None]) & (steps < length[:, None])[:, None]  # [b, T, c]
-        self._hits, self._chunk = hits[:, None], chunk
+        counts = steps < length[:, None]  # [b, c]
+        hits = (slots[:, None] == self.positions[:, None]) & counts[:, None]  # [b, T, c]
+        self._counts, self._hits, self._chunk = counts[:, None, :, None], hits[:, None], chunk
         self._hit = self._hits.any(-1, keepdim=True)
         self.seen = slots <= self.positions[..., None]  # the open block causally, [b, c, T]
 
     def write(self, old: Tensor, new: Tensor) -> Tensor:
         """``old`` [b, Hkv, T, Dh] with the rows of ``new`` [b, Hkv, c, Dh] in their places."""
         if self._chunk > 1:
+            new = torch.where(self._counts, new, new.new_zeros(()))  # NaN in padding would spread in the product
             new = self._hits.to(new.dtype) @ new  # one-hot, so exact
         return torch.where(self._hit, new, old)
 

@@ -80,7 +80,10 @@ def generate(
         raise UsageError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
     if stream.contract.logits == "last" and not stream.contract.chunks:
         raise UsageError("this bundle gives logits at block ends only; export with --graphs all, or --logits all")
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except ValueError as exc:
+        raise ContractError(f"generate: the prompt is {type(prompt).__name__} that is no array: {exc}") from exc
     for _ in stream.feed([ids.astype(np.int64) if ids.size == 0 else ids]):
         pass
     if stream.last_logits is None:

@@ -111,7 +111,7 @@ def allocate(specs: Sequence[TensorSpec], batch: int) -> tuple[Arrays, list[np.n
 
 def is_finite(array: np.ndarray) -> bool:
     """Whether ``array``, in a storage dtype, is free of NaN and infinity; nothing is allocated."""
-    if not array.size or array.dtype.kind == "i":
+    if not array.size or array.dtype.kind in "ib":
         return True
     if array.dtype == np.float32:
         return isfinite(array.max()) and isfinite(array.min())  # a NaN becomes both

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -73,6 +73,7 @@ class PoolStream(TokenStream):
             NonFiniteError: what was queued gave NaN or infinity. The state is as it was before, the queue is empty;
                 results before that come first.
         """
+        self._live()
         with self._pool._queues:
             found = list(self._results)
             self._results.clear()
@@ -87,14 +88,21 @@ class PoolStream(TokenStream):
         the positions of an incomplete block stay queued until it is complete."""
         self._live()
         for rows in self._pieces.regroup(pieces, _Ahead(self)):
+            if self.queued + rows.shape[1] > self._pool.max_queued:
+                yield from self._wait()
             self.put(rows)
             yield from self._wait()
+
+    def generate(self, prompt: object, max_new_tokens: int, **options: Any) -> Generator[int, None, int | None]:
+        """See ``TokenStream.generate``."""
+        if not self.contract.chunks:
+            raise UsageError("in a pool, generation needs append_step; export with --graphs all")
+        return super().generate(prompt, max_new_tokens, **options)
 
     def _wait(self) -> Iterator[np.ndarray]:
         while True:
             yield from self.take()
             if self._error is None and not self.queued:
-                self._live()  # it may have been closed meanwhile
                 return
             with self._pool._engine:
                 served = 0

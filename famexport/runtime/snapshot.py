@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from famexport.contract import StepContract, TensorSpec
+from famexport.contract import OPEN_LENGTH, StepContract, TensorSpec
 from famexport.errors import InvalidInputError, SnapshotError, UsageError, raise_problems
 from famexport.manifest import strict_json
 from famexport.publish import staged_file
@@ -87,8 +87,8 @@ class Snapshot:
             "contract": self.origin.contract.to_dict(),
             "batch": self.batch,
             "blocks": self.blocks,
-            "sha256": _digest({name: array for name, (_, array) in arrays.items()}),
         }
+        about["sha256"] = _digest(about, {name: array for name, (_, array) in arrays.items()})
         metadata = {_KEY: json.dumps(about, sort_keys=True)}
         with staged_file(path) as write:
             write_tensors(write, entries, lambda name: np.ascontiguousarray(arrays[name][1]), metadata=metadata)
@@ -121,7 +121,9 @@ class Snapshot:
             about = _about(strict_json(text.encode(), path.name))
             contract = StepContract.from_dict(about["contract"])
             specs = _specs(contract, about["batch"])
-            arrays = _read(path, specs, about["sha256"])
+            arrays = _read(path, specs)
+            if _digest(about, arrays) != about["sha256"]:
+                raise InvalidInputError("it does not match its checksum: it was damaged")
         except InvalidInputError as exc:
             raise SnapshotError(f"{path}: {exc}; take the snapshot again") from exc
         open_inputs, last = arrays.pop(_OPEN_INPUTS, None), arrays.pop(_LAST_LOGITS, None)
@@ -138,12 +140,26 @@ class Snapshot:
         mine, its = ({s.name: (s.dtype, s.shape[1:]) for s in c.states} for c in (here.contract, there.contract))
         problems += [f"its state {name} differs in dtype or shape" for name in mine if its.get(name) != mine[name]]
         problems += [f"it has the state {name}, which this model lacks" for name in its if name not in mine]
+        problems += self._open_problems(here.contract)
         if not problems and there.engine != here.engine and not any_engine:
             problems.append(
                 f"it was taken on {there.engine}, this is {here.engine}, which rounds differently; "
                 "to go on all the same, restore with any_engine=True (--any-engine)"
             )
         raise_problems(SnapshotError, "snapshot does not fit", problems)
+
+    def _open_problems(self, contract: StepContract) -> list[str]:
+        """What is wrong with the open block, which must have room left: a stream would wait for it for ever."""
+        size, found = contract.block_size, []
+        lengths = self.state.get(OPEN_LENGTH, np.zeros(1, np.int64))
+        if lengths.min() < 0 or lengths.max() >= size:
+            found.append(f"its {OPEN_LENGTH} is {lengths.tolist()}, expected 0 to {size - 1}")
+        if (opened := self.open_inputs) is not None:
+            fed = contract.inputs[0]
+            shape = (self.batch, min(opened.shape[1], size - 1) if opened.ndim > 1 else 0, *fed.shape[2:])
+            if opened.shape != shape or opened.dtype != STORAGE[fed.dtype]:
+                found.append(f"its open inputs are {opened.dtype} {list(opened.shape)}, expected less than a {fed}")
+        return found
 
 
 def engine_name(backend: str, files: Mapping[str, str], batch: int) -> str:
@@ -175,7 +191,7 @@ def _specs(contract: StepContract, batch: int) -> dict[str, TensorSpec]:
     return {name: TensorSpec(name, s.dtype, (batch, *s.shape[1:])) for name, s in specs.items()}
 
 
-def _read(path: Path, specs: Mapping[str, TensorSpec], sha256: str) -> Arrays:
+def _read(path: Path, specs: Mapping[str, TensorSpec]) -> Arrays:
     arrays, problems = {}, []
     for entry, data in read_tensors(path):
         spec = specs.get(entry.name)
@@ -192,13 +208,13 @@ def _read(path: Path, specs: Mapping[str, TensorSpec], sha256: str) -> Arrays:
     optional = (_OPEN_INPUTS, _LAST_LOGITS)
     problems += [f"tensor {name} is missing" for name in specs if name not in arrays and name not in optional]
     raise_problems(InvalidInputError, "it does not hold what its contract says", problems)
-    if _digest(arrays) != sha256:
-        raise InvalidInputError("its data does not match its checksum: it was damaged")
     return arrays
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    total = hashlib.sha256()
+def _digest(about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over all that a snapshot says and holds."""
+    said = {key: value for key, value in about.items() if key != "sha256"}
+    total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(arrays):
         total.update(f"{name}\n".encode())
         total.update(np.ascontiguousarray(arrays[name]).data.cast("B") if arrays[name].size else b"")

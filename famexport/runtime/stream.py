@@ -101,7 +101,7 @@ class Stream(TokenStream):
         self.held = 0  # positions in the open block
         self._pieces = Pieces(self.contract, self.batch)
         self._logits_spec = self.contract.outputs[0]
-        self._last = np.empty((self.batch, self.contract.vocab_size), np.float32)
+        self._last = np.zeros((self.batch, self.contract.vocab_size), np.float32)
         self._has_last = False
 
     @property
@@ -262,9 +262,9 @@ class Stream(TokenStream):
         bad = loop.bad_rows(out)
         if not bad:
             loop.commit()
-        if not bad or self._refuse(loop, bad, parting=True):
+        if not bad or self._refuse(loop, bad, parting=not self.held):
             self.held, self.blocks = 0, self.blocks + 1
-            self._keep_last(out[:, -1])
+            self._keep_last(out[:, -1], bad)
         return out
 
     def _refuse(self, loop: Loop, bad: Sequence[int], *, parting: bool = False) -> bool:
@@ -292,8 +292,12 @@ class Stream(TokenStream):
                 self.held, self.blocks, self._has_last = 0, 0, False
         return bool(good)
 
-    def _keep_last(self, logits: np.ndarray) -> None:
+    def _keep_last(self, logits: np.ndarray, bad: Sequence[int] = ()) -> None:
+        """Remember the logits [b, V] of the last position; rows in ``bad`` keep what they had, or get zeros by a reset."""
+        before = self._last[list(bad)] if bad else None
         np.copyto(self._last, logits)
+        if bad:
+            self._last[list(bad)] = before if self.on_nonfinite == "skip" else 0
         self._has_last = True
 
     def _live(self) -> Loop:

@@ -71,7 +71,7 @@ class TorchLoop(HostLoop):
         import torch
 
         self._torch, self._model = torch, backend.model
-        dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.contract.states}
+        dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.contract.all_states}
 
         def view(name: str, array: np.ndarray) -> Any:
             return torch.from_numpy(array).view(dtypes[name]) if array.dtype == np.uint16 else torch.from_numpy(array)

@@ -188,14 +188,14 @@ def same_snapshot(a: fx.Snapshot, b: fx.Snapshot) -> bool:
 
 @pytest.mark.parametrize("name", ["all", "plain"])
 def test_a_damaged_header_is_refused_or_says_the_same(sessions: Sessions, tmp_path: Path, name: str) -> None:
-    """Each byte of what it says of model, engine, contract and blocks, too: no checksum over tensors covers those."""
+    """What it says of model, engine, contract and blocks, too: no checksum over tensors covers those."""
     with sessions(name).stream() as stream:
         feed(stream, random_input(stream.contract, 21, seed=1))
         saved = stream.snapshot()
     data, rng = saved.save(tmp_path / "state").read_bytes(), np.random.default_rng(0)
     assert same_snapshot(fx.Snapshot.load(tmp_path / "state"), saved)
     accepted = []
-    for place in range(8 + int.from_bytes(data[:8], "little")):
+    for place in rng.choice(8 + int.from_bytes(data[:8], "little"), 300, replace=False):
         (tmp_path / "state").write_bytes(flipped(data, place, int(rng.integers(8))))
         try:
             loaded = fx.Snapshot.load(tmp_path / "state")
