@@ -27,6 +27,13 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no_memory": ({"num_hidden_layers": 1, "memory_segments": 0}, {}),
     "fp16": ({"num_hidden_layers": 1}, {"precision": "fp16"}),
     "bf16": ({"num_hidden_layers": 1}, {"precision": "bf16"}),
+    # with append_step and commit_block
+    "all": ({}, {"graphs": "all", "chunks": (1, 3)}),
+    "all_rows": ({}, {"graphs": "all", "chunks": (1, 3), "batch": 3}),
+    "all_dynamic": ({"num_hidden_layers": 1}, {"graphs": "all", "batch": "dynamic"}),
+    "all_embeds": ({"num_hidden_layers": 1}, {"graphs": "all", "inputs": "inputs_embeds", "batch": "dynamic"}),
+    "all_bf16": ({"num_hidden_layers": 1}, {"graphs": "all", "chunks": (3,), "precision": "bf16"}),
+    "all_last": ({"num_hidden_layers": 1}, {"graphs": "all", "chunks": (1, 3), "logits": "last"}),
 }
 
 

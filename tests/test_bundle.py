@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from famexport import bundle as bundle_module
 from famexport import onnx_wire
 from famexport.bundle import Bundle, describe_files, is_bundle, open_bundle, write_manifest
-from famexport.contract import METADATA_KEY, StepContract, TensorSpec
+from famexport.contract import GRAPH_KEY, METADATA_KEY, StepContract, TensorSpec
 from famexport.errors import BundleError, UsageError
 from famexport.manifest import KIND, FileEntry, GraphFiles, Manifest, check_name, strict_json
 from famexport.publish import staged_directory
@@ -39,7 +39,13 @@ CONTRACT = StepContract(
 
 
 def graph_bytes(
-    *, op: str = "Identity", location: str = WEIGHTS, length: int = 16, contract: str | None = None, opset: int = 20
+    *,
+    op: str = "Identity",
+    location: str = WEIGHTS,
+    length: int = 16,
+    contract: str | None = None,
+    name: str | None = "block_step",
+    opset: int = 20,
 ) -> bytes:
     weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
     for key, value in {"location": location, "offset": "0", "length": str(length)}.items():
@@ -50,8 +56,9 @@ def graph_bytes(
         helper.make_graph(nodes, "step", [], [out], [weight]), opset_imports=[helper.make_opsetid("", opset)]
     )
     model.ir_version = 10
-    if contract != "":
-        helper.set_model_props(model, {METADATA_KEY: contract or CONTRACT.to_json()})
+    about = {METADATA_KEY: contract or CONTRACT.to_json(), GRAPH_KEY: name}
+    about = {key: value for key, value in about.items() if value is not None and contract != ""}
+    helper.set_model_props(model, about)
     data: bytes = model.SerializeToString()
     return data
 
@@ -545,6 +552,8 @@ def test_staging_is_held_to_the_same_rules(tmp_path: Path) -> None:
         ({"contract": "{"}, "carries a damaged contract"),
         ({"contract": "[]"}, "carries a damaged contract"),
         ({"contract": dataclasses.replace(CONTRACT, vocab_size=4).to_json()}, "differs from the manifest's"),
+        ({"name": "commit_block"}, "says it is 'commit_block', the manifest has it as block_step"),
+        ({"name": None}, "says it is None, the manifest has it as block_step"),
         ({"op": "If"}, "uses If; a step graph has no control flow"),
         ({"op": "Loop"}, "uses Loop"),
         ({"op": "Scan"}, "uses Scan"),

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from famexport.config import preset
-from famexport.contract import ITEM_BYTES, SCHEMA_VERSION, StepContract, TensorSpec, contract_for, present_name
+from famexport.contract import (
+    ITEM_BYTES,
+    OPEN_LENGTH,
+    SCHEMA_VERSION,
+    StepContract,
+    TensorSpec,
+    contract_for,
+    present_name,
+)
 from famexport.errors import ContractError
 
 TINY = preset("tiny")  # L=2 D=32 Hkv=2 Dh=8 T=8 M=2 F=4 V=96
@@ -20,7 +28,11 @@ CONTRACTS = {
     "dynamic": contract_for(TINY, "fp16", "dynamic", inputs="inputs_embeds", logits="last"),
     "no fam": contract_for(replace(TINY, fam_length=0)),
     "no memory": contract_for(replace(TINY, memory_segments=0)),
-    "three graphs": contract_for(TINY, graphs=("block_step", "append_step", "commit_block")),
+    "three graphs": contract_for(TINY, chunks=(1,)),
+    "two chunks": contract_for(TINY, "bf16", "dynamic", logits="last", chunks=(4, 1)),
+    "embeds in chunks": contract_for(
+        replace(TINY, fam_length=0, memory_segments=0), batch=3, inputs="inputs_embeds", chunks=(3,)
+    ),
     "many layers": contract_for(replace(TINY, num_hidden_layers=12)),
 }
 
@@ -96,8 +108,11 @@ def test_bytes_of_state() -> None:
         assert with_fam.state_bytes() - without.state_bytes() == pytest.approx(fam_bytes, rel=0.02)
 
 
+_THREE = CONTRACTS["three graphs"]
+OPEN: dict[str, Any] = {"graphs": _THREE.graphs, "chunks": _THREE.chunks, "open_states": _THREE.open_states}
+
 VIOLATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "schema version": ({"schema_version": SCHEMA_VERSION + 1}, "schema version 2, expected 1"),
+    "schema version": ({"schema_version": SCHEMA_VERSION - 1}, "schema version 1, expected 2"),
     "no positions": ({"block_size": 0}, "block_size must be at least 1, got 0"),
     "no vocabulary": ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
     "negative memory": ({"memory_segments": -1}, "memory_segments must not be negative, got -1"),
@@ -130,6 +145,41 @@ VIOLATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "rows as true": ({"inputs": (TensorSpec("tokens", "int64", (True, 8)),)}, "tokens must have the batch (1) as axis 0"),
     "no elements": ({"states": (TensorSpec("past_x", "int64", (1, 0)),)}, "past_x must have positive fixed dimensions"),
     "a symbol inside": ({"states": (TensorSpec("past_x", "int64", (1, "n")),)}, "past_x must have positive fixed dimensions"),
+    "chunks alone": ({"chunks": (1,)}, "go together, with chunks and open_states; there is no append_step, commit_block, op"),
+    "append_step alone": ({"graphs": ("block_step", "append_step")}, "there is no commit_block, chunks, open_states"),
+    "no chunks": ({**OPEN, "chunks": ()}, "there is no chunks"),
+    "no open block": ({**OPEN, "open_states": ()}, "there is no open_states"),
+    "no commit_block": ({**OPEN, "graphs": ("block_step", "append_step")}, "there is no commit_block"),
+    "no append_step": ({**OPEN, "graphs": ("block_step", "commit_block")}, "there is no append_step"),
+    "a chunk of nothing": ({**OPEN, "chunks": (0, 1)}, "chunks must be from 1 to block_size 8, got [0, 1]"),
+    "a chunk beyond the block": ({**OPEN, "chunks": (1, 9)}, "chunks must be from 1 to block_size 8, got [1, 9]"),
+    "a chunk as true": ({**OPEN, "chunks": (True,)}, "chunks must be from 1 to block_size 8, got [True]"),
+    "half a chunk": ({**OPEN, "chunks": (1.5,)}, "chunks must be from 1 to block_size 8, got [1.5]"),
+    "chunks out of order": ({**OPEN, "chunks": (3, 1)}, "chunks must ascend, got [3, 1]"),
+    "a chunk twice": ({**OPEN, "chunks": (1, 1)}, "chunks must ascend, got [1, 1]"),
+    "no open length": ({**OPEN, "open_states": OPEN["open_states"][:2]}, f"open_states must hold {OPEN_LENGTH}, int64"),
+    "an open length of another dtype": (
+        {**OPEN, "open_states": (*OPEN["open_states"][:2], TensorSpec(OPEN_LENGTH, "int32", (1,)))},
+        f"open_states must hold {OPEN_LENGTH}, int64",
+    ),
+    "open states out of order": ({**OPEN, "open_states": OPEN["open_states"][::-1]}, "states must be in sorted order, got"),
+    "an open state's name": (
+        {**OPEN, "open_states": (TensorSpec("open_key", "float32", (1, 4)), *OPEN["open_states"])},
+        "state 'open_key' must start with 'past_'",
+    ),
+    "an open state that is a state": (
+        {**OPEN, "open_states": (TensorSpec("past_count", "int64", (1,)), *OPEN["open_states"])},
+        "tensor names must be there, differ",
+    ),
+    "an open state without rows": (
+        {**OPEN, "open_states": (TensorSpec("past_a", "float32", (8, 1)), *OPEN["open_states"])},
+        "past_a must have the batch (1) as axis 0",
+    ),
+    "an input by the chunk length's name": ({"inputs": (replace(tokens(), name="chunk_length"),)}, "not be an output's"),
+    "an input by a new open state's name": (
+        {**OPEN, "inputs": (replace(tokens(), name="present_open_length"),)},
+        "not be an output's",
+    ),
     "a size as true": ({"states": (TensorSpec("past_x", "int64", (1, True)),)}, "past_x must have positive fixed"),
 }  # fmt: skip
 
@@ -141,13 +191,64 @@ def test_every_rule_is_enforced_from_code_and_from_json(what: str) -> None:
         changed(**changes)
     assert message in str(from_code.value)
     data = {**CONTRACTS["tiny"].to_dict(), **changes}
-    for group in ("inputs", "states"):
+    for group in ("inputs", "states", "open_states"):
         data[group] = [s if isinstance(s, dict) else dict(vars(s), shape=list(s.shape)) for s in data[group]]
-    data["graphs"] = list(data["graphs"])
     with pytest.raises(ContractError) as from_json:
         StepContract.from_dict(json.loads(json.dumps(data)))
     if what not in ("batch true",):  # the type is checked first there
         assert message in str(from_json.value)
+
+
+def test_graphs_take_and_give_what_the_specification_says() -> None:
+    contract = contract_for(TINY, chunks=(3, 1, 3))
+    kv = [f"past_open_{kind}_{i:02d}" for kind in ("key", "value") for i in (0, 1)]
+    assert [s.name for s in contract.open_states] == sorted([OPEN_LENGTH, *kv])
+    assert [str(s) for s in contract.open_states if "00" in s.name or s.name == OPEN_LENGTH] == [
+        "past_open_key_00: float32 [1, 2, 8, 8]",
+        "past_open_length: int64 [1]",
+        "past_open_value_00: float32 [1, 2, 8, 8]",
+    ]
+    assert contract.chunks == (1, 3)
+    assert contract.graphs == ("block_step", "append_step", "commit_block")
+    assert contract.graph_names == ("block_step", "append_step", "append_step_c3", "commit_block")
+    states, every = [s.name for s in contract.states], [s.name for s in contract.all_states]
+    assert every == sorted(every) == sorted(states + [s.name for s in contract.open_states])
+
+    def io(name: str) -> tuple[list[str], list[str]]:
+        graph = contract.graph(name)
+        assert graph.name == name
+        return [s.name for s in graph.taken], [s.name for s in graph.given]
+
+    present = [present_name(s.name) for s in contract.open_states]
+    assert io("block_step") == (["tokens", *states], ["logits", *map(present_name, states)])
+    assert io("append_step") == io("append_step_c3") == (["tokens", "chunk_length", *every], ["logits", *present])
+    assert io("commit_block") == (every, [present_name(name) for name in every])
+    for name, width in (("append_step", 1), ("append_step_c3", 3)):
+        graph = contract.graph(name)
+        assert graph.chunk == width
+        assert [str(s) for s in graph.inputs] == [f"tokens: int64 [1, {width}]", "chunk_length: int64 [1]"]
+        assert str(graph.logits) == f"logits: float32 [1, {width}, 96]"
+    assert contract.graph("commit_block").logits is contract.graph("block_step").chunk is None
+    rows = contract_for(TINY, "bf16", "dynamic", inputs="inputs_embeds", logits="last", chunks=(4,)).graph(
+        "append_step"
+    )
+    assert [str(s) for s in (*rows.inputs, rows.logits)] == [
+        "inputs_embeds: float32 [batch, 4, 32]",
+        "chunk_length: int64 [batch]",
+        "logits: float32 [batch, 1, 96]",
+    ]
+    assert {s.dtype for s in rows.states if "open" in s.name} == {"int64", "bfloat16"}
+    bare = CONTRACTS["tiny"]
+    assert (bare.graph_names, bare.chunks, bare.open_states, bare.all_states) == (("block_step",), (), (), bare.states)
+
+
+def test_the_open_block_counts_as_state() -> None:
+    opened = 2 * 2 * 8 * 2 * 8  # keys and values, L, T, Hkv, Dh
+    three, tiny = CONTRACTS["three graphs"], CONTRACTS["tiny"]
+    assert three.state_bytes() == tiny.state_bytes() + 4 * opened + 8
+    assert contract_for(TINY, "fp16", 3, chunks=(1,)).state_bytes() == 3 * (
+        contract_for(TINY, "fp16").state_bytes() + 2 * opened + 8
+    )
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -191,6 +292,9 @@ SHAPELESS = {"name": "tokens", "dtype": "int64"}
         (edited(states=[{**SHAPELESS, "shape": [None]}]), "must have the batch (1) as axis 0"),
         (edited(graphs="block_step"), "graphs has the wrong type str"),
         (edited(graphs=[1]), "graphs must be names"),
+        (edited(chunks=1), "chunks has the wrong type int"),
+        (edited(chunks=["1"]), "append_step and commit_block go together"),
+        (edited(open_states=[5]), "open_states[0]: expected an object, got int"),
         ([], "expected an object, got list"),
         (None, "expected an object, got NoneType"),
     ],

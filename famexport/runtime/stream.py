@@ -293,7 +293,7 @@ class Stream(TokenStream):
         return bool(good)
 
     def _keep_last(self, logits: np.ndarray, bad: Sequence[int] = ()) -> None:
-        """Remember the logits [b, V] of the last position; rows in ``bad`` keep what they had, or get zeros by a reset."""
+        """Remember the logits [b, V] of the last position; rows in ``bad`` keep theirs, or get zeros by a reset."""
         before = self._last[list(bad)] if bad else None
         np.copyto(self._last, logits)
         if bad:

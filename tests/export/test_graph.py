@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import famexport
-from famexport.contract import METADATA_KEY, PRECISION_DTYPE, StepContract, TensorSpec, contract_for
+from famexport.contract import GRAPH_KEY, METADATA_KEY, PRECISION_DTYPE, StepContract, TensorSpec, contract_for
 from famexport.export import pipeline
 from famexport.export.pipeline import export_bundle
 from famexport.export.source import FAM_INIT, INLINE_BYTES
@@ -94,7 +94,8 @@ def test_inputs_and_outputs_are_the_contracts_in_its_order(exported: Exported, n
         new = [TensorSpec(s.name.replace("past_", "present_"), s.dtype, s.shape) for s in contract.states]
         assert specs(model.graph.output) == [*contract.outputs, *new]
         metadata = {entry.key: entry.value for entry in model.metadata_props}
-        assert set(metadata) == {METADATA_KEY, "famexport.precision"}
+        assert set(metadata) == {METADATA_KEY, GRAPH_KEY, "famexport.precision"}
+        assert metadata[GRAPH_KEY] == model.graph.name == "block_step"
         assert metadata["famexport.precision"] == export.precision
         assert StepContract.from_dict(json.loads(metadata[METADATA_KEY])) == contract
     manifest = json.loads((export.bundle.path / "manifest.json").read_text())

@@ -259,7 +259,7 @@ def test_a_half_precision_module_is_compared_in_its_own_precision(tmp_path: Path
 
     bundle = export(Half(torch.float16), tmp_path, tolerance=5e-3)
     assert {t.dtype for t in load_file(bundle.path / "weights.safetensors").values()} == {torch.float16}
-    with pytest.raises(IncompatibleError, match="cannot load this graph"):  # no bfloat16 arithmetic on CPUs
+    with pytest.raises(IncompatibleError, match=r"cannot load block_step\.onnx"):  # no bfloat16 arithmetic on CPUs
         export(Half(torch.bfloat16), tmp_path / "other")
     assert not (tmp_path / "other" / "bundle").exists()
 

@@ -117,7 +117,10 @@ def test_progress_and_report(sessions: Callable[..., Any]) -> None:
         "latency_ms",
         "state_bytes",
         "rss_bytes",
+        "generated",
+        "token_ms",
     }
+    assert (data["generated"], data["token_ms"]) == (0, {})
     assert (data["backend"], data["precision"], data["block_size"]) == ("ort-cpu", "fp32", 8)
     assert data["state_bytes"] == session.contract.state_bytes()
     assert 2**20 < data["rss_bytes"]["first"] <= data["rss_bytes"]["max"]
