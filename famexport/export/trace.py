@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from famexport.contract import DYNAMIC, GraphIO
 from famexport.errors import ContractError, FamExportError, UsageError, raise_problems
@@ -39,7 +40,9 @@ class FlatStep(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         fed, past = tensors[: len(self.io.inputs)], tensors[len(self.io.inputs) :]
         state = {spec.name: tensor for spec, tensor in zip(self.io.states, past, strict=True)}
-        outputs = self._ordered(self._call(*fed, state))
+        with _WithoutIdleCasts():
+            result = self._call(*fed, state)
+        outputs = self._ordered(result)
         taken = [*tensors]  # an output that is an input, or another output, would share its name in the graph
         for i, tensor in enumerate(outputs):
             outputs[i] = tensor.clone() if any(tensor is other for other in taken) else tensor
@@ -65,6 +68,20 @@ class FlatStep(nn.Module):
         return outputs
 
 
+class _WithoutIdleCasts(TorchFunctionMode):
+    """A cast to the dtype that a tensor has gives the tensor itself, as in eager torch.
+
+    Traced, it would be two operations, which are a third of a step's, and are removed again at some cost.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not kwargs and ((func is Tensor.float and len(args) == 1) or (func is Tensor.to and len(args) == 2)):
+            wanted = torch.float32 if func is Tensor.float else args[1]
+            if wanted is args[0].dtype:
+                return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def trace_step(module: nn.Module, step: Step, io: GraphIO, opset: int, device: str = "meta") -> ir.Model:
     """The step as an ``onnx_ir.Model`` whose initialisers carry the parameters' own names and no data.
 
@@ -85,7 +102,7 @@ def trace_step(module: nn.Module, step: Step, io: GraphIO, opset: int, device: s
     )
     axis = torch.export.Dim("batch") if dynamic else None
     shapes = {"tensors": tuple({0: axis} for _ in specs)} if dynamic else None
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _without_stack_traces():
         try:
             program = torch.export.export(FlatStep(module, step, io), args, dynamic_shapes=shapes, strict=False)
         except FamExportError:
@@ -116,6 +133,21 @@ def trace_step(module: nn.Module, step: Step, io: GraphIO, opset: int, device: s
         model.graph.initializers[value.name] = value
     _name_batch(model.graph)
     return model
+
+
+@contextlib.contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Spare a stack trace for every operation: none reaches the graph. Older versions of torch lack the setting."""
+    name = "do_not_emit_stack_traces"
+    before = getattr(fx.config, name, None)
+    if before is None:
+        yield
+        return
+    setattr(fx.config, name, True)
+    try:
+        yield
+    finally:
+        setattr(fx.config, name, before)
 
 
 def _name_batch(graph: ir.Graph) -> None:

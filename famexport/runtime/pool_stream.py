@@ -73,8 +73,8 @@ class PoolStream(TokenStream):
             NonFiniteError: what was queued gave NaN or infinity. The state is as it was before, the queue is empty;
                 results before that come first.
         """
-        self._live()
         with self._pool._queues:
+            self._live()
             found = list(self._results)
             self._results.clear()
             self._uncollected = 0
@@ -103,13 +103,13 @@ class PoolStream(TokenStream):
         while True:
             yield from self.take()
             if self._error is None and not self.queued:
+                self._live()  # it may have been closed meanwhile
                 return
             with self._pool._engine:
-                served = 0
                 if not self._results and self._error is None:  # else somebody ran it for us
                     self._live()
-                    served = self._pool._round()
-            if not served and not self._results and self._error is None:
+                    self._pool._round()
+            if not self._results and self._error is None and self.queued:
                 return  # an incomplete block, and no graph for it
 
     def reset(self) -> None:

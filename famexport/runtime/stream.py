@@ -32,7 +32,7 @@ class TokenStream(ABC):
     @property
     @abstractmethod
     def last_logits(self) -> np.ndarray | None:
-        """Logits of the last position that was fed, float32 [b, V]; None on a fresh stream."""
+        """Logits of the last position that was fed, float32 [b, V], good until the next; None on a fresh stream."""
 
     @property
     @abstractmethod

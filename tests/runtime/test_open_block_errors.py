@@ -18,6 +18,7 @@ from famexport.runtime.golden import relative_error
 from famexport.runtime.host import is_finite
 from famexport.runtime.open_block import PaddedStream
 from famexport.runtime.ort import OrtLoop
+from famexport.runtime.pool_stream import PoolStream
 
 Sessions = Callable[..., Any]
 
@@ -257,6 +258,25 @@ def test_nothing_is_taken_from_a_closed_stream(sessions: Sessions) -> None:
         stream.close()
         with pytest.raises(UsageError, match="the stream is closed"):
             stream.take()
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_feed_says_so_whenever_it_is_closed(sessions: Sessions, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Another thread may close the stream just after results were looked for: none that is due may be lost silently."""
+    real, calls = PoolStream.take, list[int]()
+
+    def take(self: PoolStream) -> list[np.ndarray]:
+        found = real(self)
+        calls.append(len(found))
+        if len(calls) == call:
+            self.close()
+        return found
+
+    with sessions("all_dynamic").pool(2) as pool:
+        stream = pool.open()
+        monkeypatch.setattr(PoolStream, "take", take)
+        with pytest.raises(UsageError, match="the stream is closed"):
+            list(stream.feed([np.arange(3)]))
 
 
 def test_feed_makes_room_for_itself(sessions: Sessions) -> None:
