@@ -5,14 +5,17 @@ boundary go into one ``block_step``, all else into one ``append_step`` for each 
 call always has all rows of the pool and the graph that a row would take alone, so what it computes does not depend on
 who shares the batch. An idle row costs as much as a busy one: give a pool the capacity that it needs.
 
-Streams may be driven from any number of threads: each thread that waits for a result runs a round for all when it finds
-nobody else at it. Or one thread fills the queues with ``put``, calls ``run``, and collects with ``take``.
+Streams may be driven from any number of threads: one of those that wait for a result runs a round for all, and first
+waits a moment for the streams of the last round that are about to ask again. Or one thread does everything: it fills
+the queues with ``put``, calls ``run``, and collects with ``take``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from threading import Lock
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Condition, Lock
+from time import monotonic
 from types import TracebackType
 
 import numpy as np
@@ -23,6 +26,8 @@ from famexport.runtime.chunks import chunk_width
 from famexport.runtime.pool_stream import PoolStream
 from famexport.runtime.snapshot import Origin
 from famexport.runtime.stream import NONFINITE
+
+_LINGER_S = 5e-4  # what a thread needs to take a result and ask again
 
 
 class Pool:
@@ -46,7 +51,9 @@ class Pool:
         self._loop: Loop | None = loop
         self._origin = origin
         self._rows: list[PoolStream | None] = [None] * loop.batch
-        self._engine, self._queues = Lock(), Lock()  # taken in this order; a call of the engine holds the first only
+        self._engine, self._queues = Lock(), Condition()  # who waits for the first holds nothing; a call holds it only
+        self._served: list[PoolStream] = []  # in the last round
+        self._round_s = 0.0  # that it took
         fed = self.contract.inputs[0]
         widths = (size, *self.contract.chunks)
         self._fed = {
@@ -63,7 +70,7 @@ class Pool:
         Raises:
             BackpressureError: all rows are taken.
         """
-        with self._engine, self._queues:
+        with self._exclusive(), self._queues:
             loop = self._live()
             for row, taken in enumerate(self._rows):
                 if taken is None:
@@ -81,12 +88,49 @@ class Pool:
         Raises:
             FamExportError: the engine failed; every stream is as it was, and what was queued is still there.
         """
-        with self._engine:
+        with self._exclusive():
             return self._round()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """The engine to oneself; those who wait for it, or for what it gave, are told in the end."""
+        try:
+            with self._engine:
+                yield
+        finally:
+            with self._queues:
+                self._queues.notify_all()
+
+    def _serve(self, stream: PoolStream) -> None:
+        """Return when there is something for ``stream``, or a round has been run: by this thread if nobody else is at
+        the engine, or else by whoever is."""
+        with self._queues:
+            while True:
+                if stream._has_something():
+                    return
+                if self._engine.acquire(blocking=False):
+                    break
+                self._queues.wait()
+        try:
+            self._live()
+            self._gather()
+            self._round()
+        finally:
+            self._engine.release()
+            with self._queues:
+                self._queues.notify_all()
+
+    def _gather(self) -> None:
+        """Before a round, by whoever holds the engine: let the streams of the last one ask again, or else threads that
+        generate would take turns and never share a call. As soon as all have, or after a tenth of a round."""
+        until = monotonic() + _LINGER_S + self._round_s / 10
+        with self._queues:
+            while any(s._idle() for s in self._served) and (left := until - monotonic()) > 0:
+                self._queues.wait(left)
 
     def close(self) -> None:
         """Close all streams and give back the memory. Closing twice does nothing."""
-        with self._engine, self._queues:
+        with self._exclusive(), self._queues:
             for stream in self._rows:
                 if stream is not None:
                     stream._drop()
@@ -114,6 +158,7 @@ class Pool:
             ready = [s for s in self._rows if s is not None and s._ready()]
             blocks = [s for s in ready if not s.held and s.queued >= size]
             chunks = [s for s in ready if s not in blocks] if self.contract.chunks else []
+        started = monotonic()
         if blocks:
             self._block(loop, blocks)
         groups: dict[int, list[PoolStream]] = {}
@@ -121,7 +166,8 @@ class Pool:
             groups.setdefault(chunk_width(self.contract, min(s.queued, s.room)), []).append(s)
         for width, streams in groups.items():
             self._chunk(loop, streams, width)
-        return len(blocks) + len(chunks)
+        self._served, self._round_s = blocks + chunks, monotonic() - started
+        return len(self._served)
 
     def _block(self, loop: Loop, streams: Sequence[PoolStream]) -> None:
         size = self.contract.block_size
@@ -174,7 +220,7 @@ class Pool:
         return lengths
 
     def _release(self, stream: PoolStream) -> None:
-        with self._engine, self._queues:
+        with self._exclusive(), self._queues:
             if self._loop is not None and self._rows[stream.row] is stream:
                 self._loop.zero([stream.row])
                 self._rows[stream.row] = None

@@ -65,6 +65,7 @@ class PoolStream(TokenStream):
             if rows.shape[1]:
                 self._queue.append(rows[0])
                 self.queued += rows.shape[1]
+                self._pool._queues.notify_all()
 
     def take(self) -> list[np.ndarray]:
         """The results that are ready, [1, n, V] each, in order (the last row of each where the bundle gives no more).
@@ -105,16 +106,13 @@ class PoolStream(TokenStream):
             if self._error is None and not self.queued:
                 self._live()  # it may have been closed meanwhile
                 return
-            with self._pool._engine:
-                if not self._results and self._error is None:  # else somebody ran it for us
-                    self._live()
-                    self._pool._round()
-            if not self._results and self._error is None and self.queued:
+            self._pool._serve(self)
+            if self.queued and not self._has_something():
                 return  # an incomplete block, and no graph for it
 
     def reset(self) -> None:
         """Make this a fresh stream; what is queued or uncollected is dropped."""
-        with self._pool._engine, self._pool._queues:
+        with self._pool._exclusive(), self._pool._queues:
             self._live()
             self._pool._live().zero([self.row])
             self._clear()
@@ -123,21 +121,21 @@ class PoolStream(TokenStream):
 
     def state(self) -> Arrays:
         """Copies of this row's state, [1, ...] by contract name; bfloat16 comes as float32, exactly."""
-        with self._pool._engine:
+        with self._pool._exclusive():
             self._live()
             stored = self._pool._live().read(self.row)
         return {spec.name: to_public(stored[spec.name], spec.dtype) for spec in self.contract.all_states}
 
     def snapshot(self) -> Snapshot:
         """A deep copy of what was run so far; what is queued is no part of it."""
-        with self._pool._engine:
+        with self._pool._exclusive():
             self._live()
             last = None if self._last is None else self._last.copy()
             return Snapshot(self._pool._origin, 1, self.blocks, self._pool._live().read(self.row), None, last)
 
     def restore(self, saved: Snapshot, *, any_engine: bool = False) -> None:
         """As ``Stream.restore``; what is queued or uncollected is dropped."""
-        with self._pool._engine, self._pool._queues:
+        with self._pool._exclusive(), self._pool._queues:
             self._live()
             saved.check(self._pool._origin, 1, any_engine)
             held = int(saved.state[OPEN_LENGTH][0]) if OPEN_LENGTH in saved.state else 0
@@ -160,6 +158,14 @@ class PoolStream(TokenStream):
 
     def _ready(self) -> bool:
         return self.queued > 0 and self._error is None and self._uncollected < self._pool.max_queued
+
+    def _has_something(self) -> bool:
+        """A result, an error, or the news that the stream is closed."""
+        return bool(self._results) or self._error is not None or not self._open
+
+    def _idle(self) -> bool:
+        """Open, and not asking for anything."""
+        return self._open and not self.queued
 
     def _copy_head(self, target: np.ndarray) -> None:
         at = 0
@@ -213,6 +219,7 @@ class PoolStream(TokenStream):
 
     def _drop(self) -> None:
         self._open = False
+        self._pool._queues.notify_all()
         self._clear()
         self._last = None
 

@@ -94,6 +94,7 @@ def test_a_loop_that_is_wrong_is_reported(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch, name: str, sabotage: str
 ) -> None:
     method, wrong = SABOTAGE[sabotage]
+    bundles(name)  # made by a loop that is right
     monkeypatch.setattr(OrtLoop, method, wrong)
     with pytest.raises(
         ParityError, match=r"golden rollout differs on this device by (inf|\d.*) \(relative\), allowed is"
