@@ -12,7 +12,7 @@ import typer
 from rich.live import Live
 
 from famexport.cli import options as opt
-from famexport.cli.output import err, out, print_facts, print_json, size
+from famexport.cli.output import err, out, print_facts, print_json, size, stages
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -63,11 +63,13 @@ def run(
         live = None if quiet or not err.is_terminal else Live(console=err, transient=True, refresh_per_second=4)
 
         def show(report: RunReport) -> None:
+            guard("run", 0, 1)
             if live:
                 live.update(_progress_line(report))
 
-        with staged_file(scores) if scores else nullcontext() as write, live or nullcontext():
+        with staged_file(scores) if scores else nullcontext() as write, live or nullcontext(), stages(True) as guard:
             report = run_tokens(session, ids, stream=stream, scores=write, progress=show)
+            guard("run", 1, 1)  # raises an interrupt that a library has swallowed
         made: list[int] = []
         tokenizer = bundle_tokenizer(session.bundle) if generate and session.bundle.manifest.tokenizer else None
         if generate:
