@@ -13,6 +13,7 @@ from rich.live import Live
 
 from famexport.cli import options as opt
 from famexport.cli.output import err, out, print_facts, print_json, size, stages
+from famexport.errors import UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,11 +50,17 @@ def run(
     from famexport.chat_template import stop_ids
     from famexport.publish import staged_file
     from famexport.runtime.feeding import bundle_tokenizer, token_source
+    from famexport.runtime.generate import Sampler
     from famexport.runtime.score import RunReport, run_tokens, timed_tokens
     from famexport.runtime.session import load
     from famexport.runtime.snapshot import Snapshot
     from famexport.text import stream_text
 
+    Sampler(temperature, top_k, top_p, seed)  # before hours of input, not after
+    if save_state and not save_state.absolute().parent.is_dir():
+        raise UsageError(
+            f"no such directory: {save_state.absolute().parent}; make it first, or give another --save-state"
+        )
     saved = Snapshot.load(load_state) if load_state else None
     with load(bundle, backend, threads=threads) as session, session.stream() as stream:
         if saved:

@@ -104,9 +104,10 @@ def test_sampling_options_reach_the_sampler(famexport: Command, talking: Path, s
         made.append(famexport.json("run", talking, "--generate", 20, *options)["tokens_generated"])
     plain, drawn, again, best = made
     assert plain == best != drawn == again
-    stdin("what is rain")
-    famexport("run", talking, "--generate", 5, "--top-p", 1.5, code=2)
+    famexport("run", talking, "--generate", 5, "--top-p", 1.5, code=2)  # before any input is read
     assert "top_p must be above 0 and at most 1, got 1.5" in famexport.err
+    famexport("run", talking, "--save-state", talking / "none" / "state", code=2)
+    assert "no such directory" in famexport.err
 
 
 def test_saved_state_goes_on(famexport: Command, talking: Path, tmp_path: Path, stdin: Callable[[str], None]) -> None:
