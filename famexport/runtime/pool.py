@@ -25,7 +25,7 @@ from famexport.runtime.backend import STORAGE, Loop
 from famexport.runtime.chunks import chunk_width
 from famexport.runtime.pool_stream import PoolStream
 from famexport.runtime.snapshot import Origin
-from famexport.runtime.stream import NONFINITE
+from famexport.runtime.stream import check_policy
 
 _LINGER_S = 5e-4  # what a thread needs to take a result and ask again
 
@@ -41,8 +41,7 @@ class Pool:
     def __init__(self, loop: Loop, origin: Origin, max_queued: int | None = None, on_nonfinite: str = "raise") -> None:
         size = loop.contract.block_size
         max_queued = 4 * size if max_queued is None else max_queued
-        if on_nonfinite not in NONFINITE:
-            raise UsageError(f"on_nonfinite must be one of {', '.join(NONFINITE)}, got {on_nonfinite!r}")
+        check_policy(on_nonfinite)
         if max_queued < size:
             raise UsageError(f"max_queued must be at least a block of {size} positions, got {max_queued}")
         self.contract, self.capacity = loop.contract, loop.batch

@@ -20,6 +20,12 @@ NONFINITE = ("raise", "skip", "reset")
 _Self = TypeVar("_Self", bound="TokenStream")
 
 
+def check_policy(on_nonfinite: str) -> None:
+    """Raise UsageError unless it is one of the policies for results that are not finite."""
+    if on_nonfinite not in NONFINITE:
+        raise UsageError(f"on_nonfinite must be one of {', '.join(NONFINITE)}, got {on_nonfinite!r}")
+
+
 class TokenStream(ABC):
     """What every stream can do, whether it has a batch of its own or is a row of a pool."""
 
@@ -91,8 +97,7 @@ class Stream(TokenStream):
     """
 
     def __init__(self, loop: Loop, origin: Origin, on_nonfinite: str = "raise") -> None:
-        if on_nonfinite not in NONFINITE:
-            raise UsageError(f"on_nonfinite must be one of {', '.join(NONFINITE)}, got {on_nonfinite!r}")
+        check_policy(on_nonfinite)
         self._loop: Loop | None = loop
         self._origin, self.on_nonfinite = origin, on_nonfinite
         self.contract, self.batch = loop.contract, loop.batch
