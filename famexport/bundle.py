@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from famexport.contract import GRAPH_KEY, METADATA_KEY, StepContract
-from famexport.errors import BundleError, ContractError, FamExportError, UsageError
+from famexport.engines import EngineEntry
+from famexport.errors import BundleError, ContractError, FamExportError, UntrustedError, UsageError
 from famexport.manifest import (
     AGAIN,
     ENGINES,
@@ -175,6 +176,22 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     atomic_write(directory / MANIFEST, data)
 
 
+def engine_bytes(bundle: Bundle, entry: EngineEntry) -> bytes:
+    """The plan of an engine; size and hash are checked on the very bytes returned.
+
+    Raises:
+        UntrustedError: it is not there as it was built; an engine is code, so it is not loaded.
+    """
+    try:
+        with _directory(bundle.path / ENGINES / entry.target) as folder:
+            return _read(folder, entry.file, FileEntry(entry.bytes, entry.sha256), keep=True).data
+    except FamExportError as exc:
+        raise UntrustedError(
+            f"the engine {entry.name} of {bundle.path} is not as it was built: {exc}; build it again with: "
+            f"famexport build {bundle.path} --target {entry.target} --engine {entry.engine}"
+        ) from exc
+
+
 @contextmanager
 def _about(path: str | Path) -> Iterator[None]:
     """Say which bundle an error is about."""
@@ -226,7 +243,7 @@ def _listing_problems(folder: int, manifest: Manifest) -> list[str]:
             continue
         if name in expected:
             problems += _file_problems(name, info, manifest.files[name].bytes)
-        elif not (name == ENGINES and manifest.engines and stat.S_ISDIR(info.st_mode)):
+        elif not (name == ENGINES and stat.S_ISDIR(info.st_mode)):  # what no manifest names in there is never read
             problems.append(f"{name!r:.80} is not in the manifest")
     return problems
 

@@ -13,9 +13,10 @@
     |-- UntrustedError                 4  code or an engine nobody vouched for
     |-- IncompatibleError              5  wrong device or version
     |   `-- MissingDependencyError          a package that is not installed
-    `-- NumericError                   6  parity, non-finite values
+    `-- NumericError                   6  not the numbers that were asked for
         |-- ParityError
-        `-- NonFiniteError
+        |-- NonFiniteError
+        `-- EngineError                     an engine whose types or kernels are not what was asked for
 
 A message says what was got, what was expected and what to type next. Foreign exceptions are mapped with ``from exc``.
 """
@@ -92,6 +93,10 @@ class ParityError(NumericError):
 
 
 class NonFiniteError(NumericError):
+    pass
+
+
+class EngineError(NumericError):
     pass
 
 

@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any
 
 from famexport.contract import StepContract
+from famexport.engines import entry_problems
 from famexport.errors import BundleError, ContractError, raise_problems
 
 MANIFEST, ENGINES, KIND, SCHEMA_VERSION = "manifest.json", "engines", "famexport-bundle", 1
@@ -62,7 +63,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bundle is and holds. ``config``, ``parity``, ``cost``, ``engines`` are JSON objects not looked into here.
+    """What a bundle is and holds. ``config``, ``parity`` and ``cost`` are JSON objects not looked into here.
 
     Args:
         config: the model configuration; None for a module of one's own.
@@ -247,6 +248,8 @@ def _check_tree(tree: dict[str, Any], problems: list[str]) -> StepContract | Non
                 problems.append(
                     f"file {name!r:.80} has SHA-256 {entry['sha256']!r:.80}, expected 64 hexadecimal digits"
                 )
+    for name, value in sound.get("engines", {}).items():
+        problems += entry_problems(name, value)
     if any(not isinstance(value, str) for value in sound.get("versions", {}).values()):
         problems.append("versions must be strings")
     if "checksum" in sound and sound["checksum"] != _checksum({k: v for k, v in tree.items() if k != "checksum"}):

@@ -45,11 +45,12 @@ def _options(
 
 
 def _register() -> None:
-    from famexport.cli import look, make, talk, use
+    from famexport.cli import engines, look, make, talk, use
 
-    makers = make.init, make.convert, make.export
+    makers = make.init, make.convert, make.export, engines.build
     for command in (*makers, talk.run, talk.chat, use.bench, use.verify, look.inspect, look.doctor):
         app.command()(command)
+    app.add_typer(engines.recipe, name="recipe")
 
 
 _register()

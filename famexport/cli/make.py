@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -95,8 +95,10 @@ _CURVES = ("logits_error", "state_error")
 
 
 def export(
+    context: typer.Context,
     checkpoint: opt.Checkpoint,
     output: Target,
+    recipe: opt.Recipe = None,
     precision: Annotated[opt.Precision, typer.Option(help="Dtype of weights and products.")] = opt.Precision.fp32,
     opset: Annotated[int, typer.Option(help="20: primitives, runs everywhere; 23: native attention.")] = 20,
     batch: Annotated[str, typer.Option(help="Rows of the batch, or 'dynamic'.")] = "1",
@@ -119,9 +121,24 @@ def export(
     json: opt.Json = False,
 ) -> None:
     """Trace one block step into ONNX, check it against torch in a closed loop, and publish a bundle."""
-    if chunk and graphs is opt.Graphs.block:
+    given: dict[str, Any] = {
+        "precision": precision.value,
+        "opset": opset,
+        "batch": int(batch) if batch.isdecimal() else batch,
+        "inputs": inputs.value,
+        "logits": logits.value,
+        "graphs": graphs.value,
+        "chunks": chunk or (1,),
+    }
+    if recipe:
+        from famexport.recipe import load_recipe
+
+        names = {"chunks": "chunk"}
+        typed = {key: value for key, value in given.items() if opt.is_typed(context, names.get(key, key))}
+        given = {**given, **load_recipe(recipe).export, **typed}
+    if chunk and given["graphs"] == "block":
         raise UsageError("--chunk is for append_step, which this bundle would not have; add --graphs all")
-    if batch != "dynamic" and not batch.isdecimal():
+    if given["batch"] != "dynamic" and not isinstance(given["batch"], int):
         raise UsageError(f"--batch must be a positive number or 'dynamic', got {batch!r}")
     from famexport.export.pipeline import export_bundle
 
@@ -129,13 +146,7 @@ def export(
         bundle = export_bundle(
             checkpoint,
             output,
-            precision=precision.value,
-            opset=opset,
-            batch=batch if batch == "dynamic" else int(batch),
-            inputs=inputs.value,
-            logits=logits.value,
-            graphs=graphs.value,
-            chunks=chunk or (1,),
+            **given,
             parity_blocks=parity_blocks,
             tolerance=tolerance,
             progress=report,

@@ -26,6 +26,17 @@ TopP = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of the draw.", min=0, show_default="a fresh one")]
 
 
+Recipe = Annotated[
+    str | None, typer.Option(help="A recipe, by name or path; options typed here go before it.", show_default="none")
+]
+
+
+def is_typed(context: typer.Context, parameter: str) -> bool:
+    """Whether a parameter was given on the command line, not left at its default."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
 class Dtype(str, Enum):
     float32 = "float32"
     float16 = "float16"
@@ -56,3 +67,19 @@ class Logits(str, Enum):
 class Inputs(str, Enum):
     tokens = "tokens"
     inputs_embeds = "inputs_embeds"
+
+
+class Engine(str, Enum):
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class Attention(str, Enum):
+    decomposable = "decomposable"
+    fused = "fused"
+
+
+class Hardware(str, Enum):
+    none = "none"
+    ampere_plus = "ampere-plus"
+    same_compute_capability = "same-compute-capability"

@@ -1,0 +1,1 @@
+"""ONNX graphs -> TensorRT and TensorRT-RTX engines."""

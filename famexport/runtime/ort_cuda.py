@@ -1,0 +1,160 @@
+"""ONNX Runtime on NVIDIA GPUs: its CUDA provider, and its TensorRT provider. State stays on the device.
+
+Both work in the stream of the loop, on its addresses, and so can be captured in its own CUDA graphs; where
+that fails, ``DeviceLoop.info`` says so and calls go uncaptured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from famexport.contract import StepContract, TensorSpec
+from famexport.errors import FamExportError, IncompatibleError
+from famexport.runtime.backend import Backend
+from famexport.runtime.cuda import Cuda
+from famexport.runtime.device import DeviceLoop
+from famexport.runtime.ort import _ONNX_TYPES, _first_line, import_onnxruntime
+
+_INSTALL = "pip uninstall onnxruntime, then pip install 'famexport[gpu]'"
+
+
+class OrtCuda(Backend):
+    """The graphs of a bundle on ONNX Runtime's CUDA provider; arguments as for ``OrtCpu``.
+
+    Each graph's session holds weights of its own on the device.
+
+    Raises:
+        IncompatibleError: this onnxruntime has no such provider, or fell back to the CPU.
+    """
+
+    name = "ort-cuda"
+    provider = "CUDAExecutionProvider"
+    device = "cuda"
+
+    def __init__(
+        self,
+        contract: StepContract,
+        precision: str,
+        graphs: Mapping[str, Path],
+        weights: Path | None = None,
+        threads: int | None = None,
+        *,
+        capture: bool = True,
+    ) -> None:
+        super().__init__(contract, precision)
+        self.sessions: dict[str, Any] = {}
+        self._capture = capture
+        self._cuda: Cuda | None = None
+        ort = import_onnxruntime()
+        available = ort.get_available_providers()
+        if self.provider not in available:
+            raise IncompatibleError(
+                f"onnxruntime {ort.__version__} has no {self.provider}, only {', '.join(available)}; {_INSTALL}"
+            )
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from the wheels that pip installed
+        self._cuda = Cuda()
+        try:
+            self.sessions = {name: self._load(ort, file, threads, self._cuda) for name, file in graphs.items()}
+        except BaseException:
+            self.close()
+            raise
+
+    def _providers(self, stream: int) -> list[tuple[str, dict[str, str]]]:
+        # TF32 rounds products to 10 bits, and fp32 bundles promise parity
+        options = {"user_compute_stream": str(stream), "use_tf32": "0", "device_id": "0"}
+        return [("CUDAExecutionProvider", options)]
+
+    def _load(self, ort: Any, graph: Path, threads: int | None, cuda: Cuda) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            session = ort.InferenceSession(str(graph), options, providers=self._providers(cuda.stream))
+        except Exception as exc:  # onnxruntime raises a class of its own per status code
+            raise IncompatibleError(
+                f"onnxruntime {ort.__version__} cannot load {graph.name} on {self.provider}: {_first_line(exc)}; "
+                "check the driver with nvidia-smi, or use the backend ort-cpu"
+            ) from exc
+        if (got := session.get_providers()[0]) != self.provider:
+            raise IncompatibleError(
+                f"onnxruntime {ort.__version__} fell back to {got}, expected {self.provider}: its CUDA or cuDNN "
+                "libraries do not load; pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+        return session
+
+    def _open(self, batch: int) -> DeviceLoop:
+        if self._cuda is None:
+            raise FamExportError(f"the backend {self.name} is closed; load the bundle again")
+        engine = OrtEnqueuer(self.contract, batch, self.sessions)
+        return DeviceLoop(self.contract, batch, engine, self._cuda, capture=self._capture)
+
+    def close(self) -> None:
+        self.sessions = {}  # before their stream
+        if self._cuda is not None:
+            self._cuda.close()
+            self._cuda = None
+
+
+class OrtTensorrt(OrtCuda):
+    """The same on ONNX Runtime's TensorRT provider, which builds its engines while the bundle is loaded. Nodes that it
+    cannot take go to the CUDA provider. Its engine cache stays off: cached engines would be run unchecked (R5)."""
+
+    name = "ort-tensorrt"
+    provider = "TensorrtExecutionProvider"
+
+    def _providers(self, stream: int) -> list[tuple[str, dict[str, str]]]:
+        options = {"user_compute_stream": str(stream), "trt_engine_cache_enable": "False", "device_id": "0"}
+        if self.precision == "fp16":
+            options["trt_fp16_enable"] = "True"
+        return [(self.provider, options), *super()._providers(stream)]
+
+
+class OrtEnqueuer:
+    """Sessions with IO bound to a loop's addresses, once for each set of them."""
+
+    capturable = True
+
+    def __init__(self, contract: StepContract, batch: int, sessions: Mapping[str, Any]) -> None:
+        self._sessions, self._batch = dict(sessions), batch
+        self._graphs = {name: contract.graph(name) for name in self._sessions}
+        self._bindings: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._options = import_onnxruntime().RunOptions()
+        # the loop waits for the stream itself, and in a capture nobody may
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._sessions)
+
+    def aliased(self, graph: str) -> Mapping[str, str]:
+        return {}
+
+    def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
+        key = graph, tuple(addresses.values())
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(graph, addresses)
+        try:
+            self._sessions[graph].run_with_iobinding(self._bindings[key], self._options)
+        except Exception as exc:  # onnxruntime raises a class of its own per status code
+            raise FamExportError(f"onnxruntime failed in {graph}: {_first_line(exc)}") from exc
+
+    def _bind(self, graph: str, addresses: Mapping[str, int]) -> Any:
+        binding, io = self._sessions[graph].io_binding(), self._graphs[graph]
+
+        def place(bind: Any, spec: TensorSpec) -> None:
+            shape = list(spec.sized(self._batch))
+            bind(spec.name, "cuda", 0, _ONNX_TYPES[spec.dtype], shape, addresses[spec.name])
+
+        for spec in io.taken:
+            place(binding.bind_input, spec)
+        for spec in io.given:
+            place(binding.bind_output, spec)
+        return binding
+
+    def close(self) -> None:
+        self._bindings.clear()
+        self._sessions = {}  # the last loop of a closed backend takes its weights along

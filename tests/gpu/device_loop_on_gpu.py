@@ -1,0 +1,225 @@
+"""The loop over device memory on a real GPU: ``PYTHONPATH=. python3 tests/gpu/device_loop_on_gpu.py``.
+
+One JSON line for each part; exit code 1 if any failed. torch works as a stand-in engine on the loop's own addresses.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from famexport.bundle import open_bundle
+from famexport.checkpoint import init_checkpoint
+from famexport.config import FamConfig, preset
+from famexport.contract import present_name
+from famexport.export.pipeline import export_bundle
+from famexport.runtime.backend import Backend
+from famexport.runtime.cuda import Cuda, table_entry
+from famexport.runtime.device import DeviceLoop
+from famexport.runtime.session import Session, load
+from famexport.runtime.torch_reference import TorchCpu
+
+BLOCKS = 1000
+TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}
+
+
+class TorchEngine:
+    capturable = True
+
+    def __init__(self, model: Any, contract: Any, batch: int) -> None:
+        self.model, self.contract, self.batch = model, contract, batch
+        self.names = contract.graph_names
+
+    def aliased(self, graph: str) -> Mapping[str, str]:
+        return {}
+
+    def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
+        io = self.contract.graph(graph)
+        t = {s.name: tensor_at(addresses[s.name], s.sized(self.batch), s.dtype) for s in io.taken + io.given}
+        past, kind = {s.name: t[s.name] for s in io.states}, self.contract.logits
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+            if graph == "commit_block":
+                logits, new = None, self.model.commit(past)
+            elif graph == "block_step":
+                logits, new = self.model.step(t[io.inputs[0].name], past, logits=kind)
+            else:
+                logits, new = self.model.append(t[io.inputs[0].name], t[io.inputs[1].name], past, logits=kind)
+            if logits is not None:
+                t["logits"].copy_(logits)
+            for spec in io.new:
+                t[present_name(spec.name)].copy_(new[spec.name])
+
+    def close(self) -> None: ...
+
+
+def tensor_at(address: int, shape: tuple[int, ...], dtype: str) -> Any:
+    kinds = {"float32": "<f4", "float16": "<f2", "bfloat16": "<i2", "int64": "<i8", "int32": "<i4", "uint64": "<i8"}
+    raw = type("Raw", (), {})()
+    raw.__cuda_array_interface__ = {"data": (address, False), "shape": shape, "typestr": kinds[dtype], "version": 3}
+    found = torch.as_tensor(raw, device="cuda")
+    return found.view(torch.bfloat16) if dtype == "bfloat16" else found
+
+
+class TorchCuda(Backend):
+    name, provider, device = "torch-cuda", "torch", "cuda"
+
+    def __init__(self, bundle: Any, capture: bool) -> None:
+        super().__init__(bundle.contract, bundle.manifest.precision)
+        weights = bundle.file(bundle.manifest.weights)
+        reference = TorchCpu(bundle.contract, self.precision, FamConfig.from_dict(bundle.manifest.config), weights)
+        self.model = reference.model
+        for name, _ in list(self.model.named_parameters(remove_duplicate=False)):
+            owner, _, leaf = name.rpartition(".")
+            part = self.model.get_submodule(owner)
+            old = getattr(part, leaf)
+            if not old.is_meta:
+                setattr(part, leaf, torch.nn.Parameter(old.data.cuda(), requires_grad=False))
+        for part in self.model.modules():  # tables and F_0 are plain attributes or buffers
+            for key, value in [*vars(part).items(), *part._buffers.items()]:
+                if isinstance(value, torch.Tensor) and not value.is_meta:
+                    setattr(part, key, value.cuda())
+        self.capture, self.cuda = capture, Cuda()
+
+    def _open(self, batch: int) -> DeviceLoop:
+        engine = TorchEngine(self.model, self.contract, batch)
+        return DeviceLoop(self.contract, batch, engine, self.cuda, capture=self.capture)
+
+
+def ort_cuda(bundle: Any, capture: bool) -> Backend:
+    from famexport.runtime.ort_cuda import OrtCuda
+
+    graphs = {name: bundle.file(files.file) for name, files in bundle.manifest.graphs.items()}
+    return OrtCuda(bundle.contract, bundle.manifest.precision, graphs, capture=capture)
+
+
+def equal(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+    return all(a[n].tobytes() == b[n].tobytes() for n in b)
+
+
+def loop(path: Path, make: Callable[[Any, bool], Backend]) -> dict[str, Any]:
+    bundle = open_bundle(path)
+    rng, contract = np.random.default_rng(0), bundle.contract
+    blocks = rng.integers(0, contract.vocab_size, (BLOCKS, 1, contract.block_size))
+    found: dict[str, Any] = {"precision": bundle.manifest.precision}
+    with load(path, "ort-cpu", threads=1).stream() as stream:
+        wanted = [stream.step(block).copy() for block in blocks[:256]]
+    results, same = [], True
+    for capture in (True, False):
+        label = "captured" if capture else "uncaptured"
+        session = Session(bundle, make(bundle, capture))
+        with session.stream() as stream:
+            for block in blocks[:3]:
+                stream.step(block)
+            before = stream._loop.read()
+            stream._loop.warm_up()
+            same &= equal(stream._loop.read(), before)
+            stream.reset()
+            logits, times, free = [], [], 0
+            for i, block in enumerate(blocks):
+                if i == 10:
+                    free = torch.cuda.mem_get_info()[0]
+                start = time.perf_counter()
+                given = stream.step(block)
+                times.append((time.perf_counter() - start) * 1e6)
+                logits.append(given)
+            found[f"{label}_memory_change_bytes"] = free - torch.cuda.mem_get_info()[0]
+            found[f"{label}_p50_us"] = round(float(np.median(times[10:])), 1)
+            state = stream._loop.read()
+            for n in (1, 2, contract.block_size):  # chunks, over a block's end
+                logits.append(np.concatenate(list(stream.feed([blocks[n, :, :n]])), axis=1))
+            results.append((logits, state, stream._loop.read()))
+            found[f"{label}_info"] = stream._loop.info
+        session.close()
+    (a, state_a, end_a), (b, state_b, end_b) = results
+    found["bit_equal"] = all(map(np.array_equal, a, b)) and equal(state_a, state_b) and equal(end_a, end_b)
+    found["warm_up_restores"] = same
+    found["max_error_256"] = max(float(np.abs(x - y).max()) for x, y in zip(a, wanted, strict=False))
+    memory = found["captured_memory_change_bytes"] == found["uncaptured_memory_change_bytes"] == 0
+    good = found["bit_equal"] and same and memory and found["captured_info"]["captured"]
+    return {**found, "ok": bool(good and found["max_error_256"] < TOLERANCE[found["precision"]])}
+
+
+def finite(_: Any = None) -> dict[str, Any]:
+    cuda, wrong, tried = Cuda(), [], 0
+    for dtype in ("float32", "float16", "bfloat16"):
+        kind = getattr(torch, dtype)
+        for rows, n in ((1, 1), (3, 7), (4, 1000), (3, 8192), (2, 100001)):
+            for value in (None, float("nan"), float("inf"), -float("inf")):
+                for row, at in ((0, 0), (rows - 1, n - 1), (rows // 2, n // 2)):
+                    data = torch.randn(rows, n, device="cuda").to(kind)
+                    data[:, ::3] = torch.finfo(kind).max
+                    if value is not None:
+                        data[row, at] = value
+                    entry = table_entry(data.data_ptr(), n * data.element_size(), dtype)
+                    table = torch.tensor(entry, dtype=torch.int64, device="cuda")
+                    flags = torch.zeros(rows, dtype=torch.int32, device="cuda")
+                    torch.cuda.synchronize()
+                    cuda.flag_nonfinite(table.data_ptr(), 1, rows, entry[1], flags.data_ptr())
+                    cuda.synchronize()
+                    wanted = [int(value is not None and r == row) for r in range(rows)]
+                    tried += 1
+                    if flags.tolist() != wanted:
+                        wrong.append([dtype, rows, n, str(value), flags.tolist()])
+    return {"tried": tried, "wrong": wrong[:5], "facts": cuda.facts(), "ok": not wrong}
+
+
+def rtx() -> dict[str, Any]:
+    try:
+        import tensorrt_rtx as trt
+    except ImportError as exc:
+        return {"ok": True, "skipped": str(exc)}
+    engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(b"not a plan")
+    return {"ok": True, "engine": str(engine), "version": trt.__version__}
+
+
+def part(name: str, call: Callable[[], dict[str, Any]]) -> bool:
+    try:
+        found = call()
+    except Exception as exc:
+        found = {"ok": False, "error": f"{type(exc).__name__}: {exc}", "trace": traceback.format_exc()[-1200:]}
+    print(json.dumps({"part": name, **found}), flush=True)
+    return bool(found["ok"])
+
+
+def main() -> int:
+    good = [part("finite", finite)]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        init_checkpoint(root / "model", preset("tiny"))
+        for precision in ("fp32", "fp16"):
+            path = root / precision
+            made = part(
+                f"export-{precision}",
+                lambda path=path, precision=precision: {
+                    "ok": bool(export_bundle(root / "model", path, precision=precision, graphs="all", parity_blocks=9))
+                },
+            )
+            good.append(made)
+            for name, make in (("torch", TorchCuda), ("ort-cuda", ort_cuda)):
+                if name == "ort-cuda" and not _has_cuda_provider():
+                    print(json.dumps({"part": f"{name}-{precision}", "skipped": "no CUDAExecutionProvider here"}))
+                elif made:
+                    good.append(part(f"{name}-{precision}", lambda path=path, make=make: loop(path, make)))
+    good.append(part("tensorrt-rtx", rtx))
+    return 0 if all(good) else 1
+
+
+def _has_cuda_provider() -> bool:
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
