@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from famexport.errors import MissingDependencyError
+from famexport.errors import FamExportError, MissingDependencyError
+from famexport.runtime.cuda import Cuda
 from famexport.runtime.ort import import_onnxruntime
 from famexport.runtime.process import device_facts
+from famexport.runtime.tensorrt_api import MODULES, import_tensorrt
 
 # package -> (extra that installs it, what it is for)
 PARTS = {
@@ -20,6 +22,10 @@ PARTS = {
     "onnx-ir": ("export", "exporting"),
     "polygraphy": ("export", "comparing and inspecting graphs"),
     "transformers": ("hf", "converting GGUF files with SentencePiece tokenizers"),
+    "tensorrt": ("tensorrt", "building and running TensorRT engines on the device"),
+    "tensorrt-rtx-cu13": ("rtx", "building TensorRT-RTX engines, without a GPU; running them"),
+    "cuda-python": ("rtx", "state on CUDA devices (backends ort-cuda, tensorrt, tensorrt-rtx)"),
+    "onnxruntime-gpu": ("gpu", "running bundles on NVIDIA GPUs (backend ort-cuda)"),
     "gguf": ("hf", "converting GGUF files"),
     "huggingface-hub": ("hf", "converting by hub id"),
 }
@@ -34,8 +40,50 @@ def examine() -> dict[str, Any]:
         except PackageNotFoundError:
             add = f"pip install 'famexport[{extra}]'"
             packages.append({"package": name, "version": None, "purpose": purpose, "add": add})
-    backends = [_ort_cpu(), _torch()]
+    cuda = _cuda_problem()
+    backends = [
+        _tensorrt("tensorrt", cuda),
+        _tensorrt("tensorrt-rtx", cuda),
+        _ort_gpu("ort-cuda", "CUDAExecutionProvider", cuda),
+        _ort_gpu("ort-tensorrt", "TensorrtExecutionProvider", cuda),
+        _ort_cpu(),
+        _torch(),
+    ]
     return {"device": device_facts(), "packages": packages, "backends": backends}
+
+
+def _cuda_problem() -> str | None:
+    """Why no CUDA device can be used here; None where one can."""
+    try:
+        cuda = Cuda()
+    except FamExportError as exc:
+        return str(exc).partition(";")[0]
+    cuda.close()
+    return None
+
+
+def _tensorrt(name: str, cuda: str | None) -> dict[str, Any]:
+    module, extra = MODULES[name]
+    try:
+        trt = import_tensorrt(name)
+    except FamExportError as exc:
+        return _backend(name, False, str(exc).partition(";")[0], f"pip install 'famexport[{extra}]'")
+    said = f"{module} {trt.__version__}"
+    if cuda:
+        builds = "builds engines here, and runs none: " if name == "tensorrt-rtx" else "runs no engines: "
+        return _backend(name, False, f"{said} {builds}{cuda}", None)
+    return _backend(name, True, f"{said}, for bundles with engines built here", None)
+
+
+def _ort_gpu(name: str, provider: str, cuda: str | None) -> dict[str, Any]:
+    try:
+        onnxruntime = import_onnxruntime()
+    except (MissingDependencyError, OSError) as exc:
+        return _backend(name, False, f"{exc.__cause__ or exc}", "pip install 'famexport[gpu]'")
+    if provider not in onnxruntime.get_available_providers():
+        add = "pip install 'famexport[gpu]'"
+        return _backend(name, False, f"onnxruntime {onnxruntime.__version__} has no {provider}", add)
+    return _backend(name, cuda is None, cuda or f"onnxruntime {onnxruntime.__version__}", None)
 
 
 def _ort_cpu() -> dict[str, Any]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from famexport.bundle import open_bundle
 from famexport.contract import METADATA_KEY
+from famexport.engines import read_entries
 from famexport.errors import BundleError, InvalidInputError, MissingDependencyError, UsageError
 from famexport.manifest import MANIFEST
 from famexport.onnx_wire import graph_facts
+from famexport.runtime.trust import is_trusted
 from famexport.tensorfile import read_header
 
 _MAX_GRAPH_BYTES = 2**31 - 1
@@ -64,6 +66,11 @@ def _bundle(path: Path) -> dict[str, Any]:
         "state_bytes": contract.state_bytes(),
         "graphs": {name: [g.file, *g.variants.values()] for name, g in m.graphs.items()},
         "files": {name: entry.bytes for name, entry in m.files.items()},
+        "engines": {
+            e.name: f"{e.engine} {e.device.tensorrt} for compute capability {e.device.compute_capability}, "
+            f"{e.bytes} bytes, {'built here' if is_trusted(e.sha256) else 'not built here'}"
+            for e in read_entries(m.engines)
+        },
         "parity": {
             "blocks": parity.get("blocks"),
             "logits_error": max(parity.get("logits_error") or [0.0]),

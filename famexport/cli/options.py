@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-BACKENDS = "auto, ort-cpu or torch."
+BACKENDS = "auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, ort-cpu or torch."
 Json = Annotated[bool, typer.Option("--json", help="The result on stdout as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
 Threads = Annotated[

@@ -35,6 +35,7 @@ from famexport.engines import DeviceTuple, EngineEntry, build_key, read_entries
 from famexport.errors import BundleError, EngineError, FamExportError, IncompatibleError, UsageError, raise_problems
 from famexport.manifest import ENGINES
 from famexport.publish import atomic_write
+from famexport.runtime.tensorrt import this_device
 from famexport.runtime.tensorrt_api import MODULES, host_facts, import_tensorrt, new_logger
 from famexport.runtime.trust import is_trusted, trust
 
@@ -119,8 +120,7 @@ def _choose(target: Target, engine: str | None) -> str:
 
 def _device(trt: Any, target: Target, kind: str) -> DeviceTuple:
     """What the engine will be tied to. Full TensorRT builds for the GPU at hand, so that must be the target's."""
-    system, arch = host_facts()
-    version = str(trt.__version__)
+    arch, version = host_facts()[1], str(trt.__version__)
     if kind == RTX:
         return DeviceTuple(version, None, target.compute_capability, None, "linux", target.arch)
     if not versions_fit(version, target.tensorrt):
@@ -128,15 +128,19 @@ def _device(trt: Any, target: Target, kind: str) -> DeviceTuple:
             f"TensorRT here is {version}, {target.name} has {target.tensorrt[0]} to before {target.tensorrt[1]}; "
             "build on the device itself"
         )
-    from famexport.runtime.cuda import device_facts
+    from famexport.runtime.cuda import Cuda
 
-    facts = device_facts()
-    if facts.compute_capability != target.compute_capability or arch != target.arch:
+    cuda = Cuda()
+    try:
+        here = this_device(trt, cuda.facts())
+    finally:
+        cuda.close()
+    if here.compute_capability != target.compute_capability or arch != target.arch:
         raise IncompatibleError(
-            f"this machine has {facts.name} ({facts.compute_capability}, {arch}), {target.name} is {target.gpu} "
+            f"this machine has {here.gpu} ({here.compute_capability}, {arch}), {target.name} is {target.gpu} "
             f"({target.compute_capability}, {target.arch}); TensorRT builds on the device itself: run this there"
         )
-    return DeviceTuple(version, facts.cuda, facts.compute_capability, facts.name, system, arch)
+    return here
 
 
 def _key(bundle: Bundle, name: str, kind: str, device: DeviceTuple, target: Target, options: BuildOptions) -> str:

@@ -96,13 +96,11 @@ class Cuda:
 
     def facts(self) -> dict[str, Any]:
         """Name, compute capability, memory in bytes, and versions as CUDA writes them (13010 is 13.1)."""
-        free, total = self.memory()
         name = bytes(self._checked("cudaGetDeviceProperties", FamExportError, self.device).name)
         return {
             "name": name.split(b"\0")[0].decode(errors="replace"),
             "compute_capability": list(self.compute_capability()),
-            "memory_bytes": total,
-            "free_bytes": free,
+            "memory_bytes": self.memory()[1],
             "driver": self._checked("cudaDriverGetVersion"),
             "runtime": self._checked("cudaRuntimeGetVersion"),
         }
@@ -211,8 +209,7 @@ class Cuda:
     def prepare(self) -> None:
         """Compile what ``flag_nonfinite`` runs, which cannot be done while capturing."""
         if self._kernel is None:
-            code = self._compile()
-            self._module = self._checked("cuModuleLoadData", FamExportError, code, of=self._driver)
+            self._module = self._checked("cuModuleLoadData", FamExportError, self._compile(), of=self._driver)
             args = self._module, b"flag_nonfinite"
             self._kernel = self._checked("cuModuleGetFunction", FamExportError, *args, of=self._driver)
 

@@ -1,7 +1,8 @@
 """ONNX Runtime on NVIDIA GPUs: its CUDA provider, and its TensorRT provider. State stays on the device.
 
-Both work in the stream of the loop, on its addresses, and so can be captured in its own CUDA graphs; where
-that fails, ``DeviceLoop.info`` says so and calls go uncaptured.
+Both work in the stream of the loop, on its addresses. They are not captured in its CUDA graphs: ONNX Runtime keeps
+shape arithmetic on the CPU and frees its pinned buffers while it runs, which a capture forbids (onnxruntime-gpu 1.31.1
+on an H100 then ends the process: "CUDA failure 800" in cuda_allocator.cc).
 """
 
 from __future__ import annotations
@@ -40,12 +41,9 @@ class OrtCuda(Backend):
         graphs: Mapping[str, Path],
         weights: Path | None = None,
         threads: int | None = None,
-        *,
-        capture: bool = True,
     ) -> None:
         super().__init__(contract, precision)
         self.sessions: dict[str, Any] = {}
-        self._capture = capture
         self._cuda: Cuda | None = None
         ort = import_onnxruntime()
         available = ort.get_available_providers()
@@ -90,7 +88,7 @@ class OrtCuda(Backend):
         if self._cuda is None:
             raise FamExportError(f"the backend {self.name} is closed; load the bundle again")
         engine = OrtEnqueuer(self.contract, batch, self.sessions)
-        return DeviceLoop(self.contract, batch, engine, self._cuda, capture=self._capture)
+        return DeviceLoop(self.contract, batch, engine, self._cuda)
 
     def close(self) -> None:
         self.sessions = {}  # before their stream
@@ -116,7 +114,7 @@ class OrtTensorrt(OrtCuda):
 class OrtEnqueuer:
     """Sessions with IO bound to a loop's addresses, once for each set of them."""
 
-    capturable = True
+    capturable = False
 
     def __init__(self, contract: StepContract, batch: int, sessions: Mapping[str, Any]) -> None:
         self._sessions, self._batch = dict(sessions), batch

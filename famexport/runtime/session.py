@@ -12,28 +12,31 @@ from typing import Any
 from famexport.bundle import Bundle, open_bundle
 from famexport.config import FamConfig
 from famexport.contract import StepContract
-from famexport.errors import IncompatibleError, UsageError
+from famexport.errors import IncompatibleError, UntrustedError, UsageError
 from famexport.runtime.backend import Backend, Loop
 from famexport.runtime.open_block import AppendStream, PaddedStream
 from famexport.runtime.pool import Pool
 from famexport.runtime.snapshot import Origin, engine_name
 from famexport.runtime.stream import Stream
 
-BACKENDS = ("ort-cpu", "torch")  # in the order in which "auto" tries them
+BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-tensorrt", "ort-cpu", "torch")
+# In the order in which "auto" tries them. ort-tensorrt builds engines at every load, torch is the reference.
+AUTO = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu")
 
 
 class Session:
     """A loaded bundle: weights once, any number of streams over them."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.bundle, self.backend = bundle, backend
+    def __init__(self, bundle: Bundle, backend: Backend, reason: str | None = None) -> None:
+        self.bundle, self.backend, self._reason = bundle, backend, reason
         self.contract: StepContract = backend.contract
         self._closed = False
 
     def info(self) -> dict[str, Any]:
-        """Backend, provider, device, precision, bytes of one row's state, and the bundle's id."""
+        """Backend, why it was chosen, provider, device, precision, bytes of one row's state, and the bundle's id."""
         return {
             "backend": self.backend.name,
+            "reason": self._reason or "asked for",
             "provider": self.backend.provider,
             "device": self.backend.device,
             "precision": self.backend.precision,
@@ -103,18 +106,34 @@ def load(
 
     Args:
         bundle: its directory, or one already opened.
-        backend: ``auto``, ``ort-cpu`` or ``torch``.
+        backend: ``auto``, or one of ``BACKENDS``. ``auto`` takes the first of ``AUTO`` that works here;
+            ``Session.info`` says why it was not one before.
         threads: threads for one operator; None leaves the backend's own choice.
         progress: called with (bytes hashed, bytes in all).
     Raises:
         UsageError: no such path, no such backend.
         BundleError: damaged, or not a bundle; nothing was parsed or loaded.
         MissingDependencyError, IncompatibleError: the backend cannot run it here.
+        UntrustedError: its engines were not built here, or were changed since.
     """
     if backend not in ("auto", *BACKENDS):
         raise UsageError(f"no backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, progress=progress)
-    return Session(opened, open_backend(opened, BACKENDS[0] if backend == "auto" else backend, threads))
+    if backend != "auto":
+        return Session(opened, open_backend(opened, backend, threads))
+    reasons: list[str] = []
+    for name in AUTO:
+        try:
+            found = open_backend(opened, name, threads)
+        except (IncompatibleError, UntrustedError) as exc:
+            if name == AUTO[-1]:
+                raise
+            reasons.append(f"not {name}: {exc}")
+            continue
+        return Session(
+            opened, found, "the first that works here; " + "; ".join(reasons) if reasons else "the best there is"
+        )
+    raise AssertionError("unreachable")
 
 
 def open_backend(bundle: Bundle, name: str, threads: int | None = None) -> Backend:
@@ -128,6 +147,16 @@ def open_backend(bundle: Bundle, name: str, threads: int | None = None) -> Backe
             graph: bundle.file(files.variants.get("ort-cpu", files.file)) for graph, files in manifest.graphs.items()
         }
         return OrtCpu(bundle.contract, manifest.precision, graphs, weights, threads)
+    if name in ("ort-cuda", "ort-tensorrt"):
+        from famexport.runtime.ort_cuda import OrtCuda, OrtTensorrt
+
+        kind = OrtCuda if name == "ort-cuda" else OrtTensorrt
+        files = {g: bundle.file(f.variants.get(name, f.file)) for g, f in manifest.graphs.items()}
+        return kind(bundle.contract, manifest.precision, files, weights, threads)
+    if name in ("tensorrt", "tensorrt-rtx"):
+        from famexport.runtime.tensorrt import Tensorrt
+
+        return Tensorrt(bundle, name)
     if manifest.config is None or weights is None:
         raise IncompatibleError(
             "the backend torch runs famexport's own model, and this bundle holds another; use ort-cpu"

@@ -15,7 +15,9 @@ from famexport.bundle import Bundle, engine_bytes
 from famexport.contract import GraphIO, StepContract
 from famexport.engines import DeviceTuple, EngineEntry, read_entries
 from famexport.errors import FamExportError, IncompatibleError, UntrustedError
-from famexport.runtime.tensorrt_api import DTYPES, import_tensorrt, new_logger
+from famexport.runtime.backend import Backend
+from famexport.runtime.device import DeviceLoop
+from famexport.runtime.tensorrt_api import DTYPES, host_facts, import_tensorrt, new_logger
 from famexport.runtime.trust import is_trusted
 
 
@@ -122,24 +124,23 @@ def tensor_problems(engine: Any, io: GraphIO) -> list[str]:
 
 
 class EngineSet:
-    """The engines of a bundle's graphs, as what a device loop enqueues.
+    """The engines of a bundle's graphs, as what one device loop enqueues.
 
     Each set of addresses gets an execution context of its own, since a captured CUDA graph stays bound to the context
-    it was captured from. All of them share one scratch buffer, which the caller allocates: they run one after the
-    other on one stream.
+    it was captured from. All of them share one scratch buffer: they run one after the other on one stream.
 
     Args:
         engines: by graph name, already checked.
-        scratch: called with a number of bytes, gives the address of a device buffer that lives as long as this does.
+        cuda: gives and takes back the scratch buffer (``malloc``, ``free``).
     """
 
     capturable = True
 
-    def __init__(self, trt: Any, contract: StepContract, engines: Mapping[str, Any], scratch: Any) -> None:
-        self._trt, self._contract, self._engines = trt, contract, dict(engines)
+    def __init__(self, trt: Any, contract: StepContract, batch: int, engines: Mapping[str, Any], cuda: Any) -> None:
+        self._trt, self._contract, self._batch, self._engines, self._cuda = trt, contract, batch, dict(engines), cuda
         self._contexts: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._bytes = max((int(engine.device_memory_size_v2) for engine in engines.values()), default=0)
-        self._scratch = scratch(self._bytes) if self._bytes else 0
+        self._scratch = cuda.malloc(self._bytes) if self._bytes else 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -157,7 +158,7 @@ class EngineSet:
         """Run a graph on these addresses, in order with the stream.
 
         Raises:
-            FamExportError: TensorRT refused an address or the run.
+            FamExportError: TensorRT refused an address, a shape or the run.
         """
         key = graph, tuple(addresses.values())
         if key not in self._contexts:
@@ -172,28 +173,83 @@ class EngineSet:
             raise FamExportError(f"TensorRT gives no execution context for {graph}; is the device's memory full?")
         if self._bytes:
             context.set_device_memory(self._scratch, self._bytes)
+        if self._contract.batch == "dynamic":
+            for spec in self._contract.graph(graph).taken:
+                if not context.set_input_shape(spec.name, spec.sized(self._batch)):
+                    raise FamExportError(
+                        f"TensorRT refuses a batch of {self._batch} for {spec.name} in {graph}; build the engines with "
+                        "a --batch-profile that holds it"
+                    )
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
                 raise FamExportError(f"TensorRT refuses the address of {name} in {graph}")
         return context
 
     def close(self) -> None:
+        """Give back contexts and scratch; closing twice does nothing."""
         self._contexts.clear()
         self._engines.clear()
+        if self._scratch:
+            self._cuda.free(self._scratch)
+            self._scratch = 0
 
 
-def open_engines(bundle: Bundle, engine: str, here: DeviceTuple) -> tuple[Any, dict[str, Any]]:
-    """The module and the deserialised engines of a bundle for this machine, by graph.
+def this_device(trt: Any, facts: Mapping[str, Any]) -> DeviceTuple:
+    """What an engine must be for to run here; ``facts`` are those of ``Cuda.facts``."""
+    major, minor = facts["compute_capability"]
+    cuda = f"{facts['runtime'] // 1000}.{facts['runtime'] % 1000 // 10}"
+    return DeviceTuple(str(trt.__version__), cuda, f"{major}.{minor}", facts["name"], *host_facts())
 
-    Raises: as ``choose_engines`` and ``load_engine``.
+
+class Tensorrt(Backend):
+    """A bundle's engines, with state on the device.
+
+    Args:
+        engine: ``tensorrt`` or ``tensorrt-rtx``.
+        cuda: the device; its own unless given.
+    Raises:
+        UntrustedError, IncompatibleError, MissingDependencyError: as ``choose_engines`` and ``load_engine``.
     """
-    trt = import_tensorrt(engine)
-    chosen = choose_engines(bundle, engine, here)
-    logger = new_logger(trt)
-    runtime = trt.Runtime(logger)
-    if runtime is None:
-        raise IncompatibleError(f"{trt.__name__} gives no runtime here: {' '.join(logger.errors)[:300]}")
-    return trt, {
-        name: load_engine(trt, runtime, logger, bundle, entry, bundle.contract.graph(name))
-        for name, entry in chosen.items()
-    }
+
+    device = "cuda"
+
+    def __init__(self, bundle: Bundle, engine: str, *, capture: bool = True, cuda: Any = None) -> None:
+        super().__init__(bundle.contract, bundle.manifest.precision)
+        self.name = engine
+        self._capture, self._engines = capture, dict[str, Any]()
+        if not any(entry.engine == engine for entry in read_entries(bundle.manifest.engines)):
+            command = f"famexport build {bundle.path} --target TARGET --engine {engine}"
+            raise IncompatibleError(f"{bundle.path} has no {engine} engines; build them with: {command}")
+        self._trt = trt = import_tensorrt(engine)
+        self.provider = f"{trt.__name__} {trt.__version__}"
+        self._cuda = cuda or _open_cuda()
+        try:
+            chosen = choose_engines(bundle, engine, this_device(trt, self._cuda.facts()))
+            logger = new_logger(trt)
+            runtime = trt.Runtime(logger)
+            if runtime is None:
+                raise IncompatibleError(f"{trt.__name__} gives no runtime here: {' '.join(logger.errors)[:300]}")
+            for name, entry in chosen.items():
+                graph = bundle.contract.graph(name)
+                self._engines[name] = load_engine(trt, runtime, logger, bundle, entry, graph)
+            self._runtime = runtime  # engines need it alive
+        except BaseException:
+            self._cuda.close()
+            raise
+
+    def _open(self, batch: int) -> DeviceLoop:
+        if not self._engines:
+            raise FamExportError(f"the backend {self.name} is closed; load the bundle again")
+        engines = EngineSet(self._trt, self.contract, batch, self._engines, self._cuda)
+        return DeviceLoop(self.contract, batch, engines, self._cuda, capture=self._capture)
+
+    def close(self) -> None:
+        if self._engines:
+            self._engines = {}
+            self._cuda.close()
+
+
+def _open_cuda() -> Any:
+    from famexport.runtime.cuda import Cuda
+
+    return Cuda()

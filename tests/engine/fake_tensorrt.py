@@ -237,7 +237,7 @@ class FakeModule(ModuleType):
             raise AttributeError(f"{self.__name__} {self.__version__} has no {name}")
         self._scripts[name] = function
 
-    def make(self, name: str, **values: Any) -> Any:
+    def make(self, name: str, /, **values: Any) -> Any:
         """An object of a recorded class, whether or not Python can construct it; ``values`` are its properties'."""
         cls = self._classes[name]
         instance = cls.__new__(cls)
