@@ -1,8 +1,9 @@
 """ONNX Runtime on NVIDIA GPUs: its CUDA provider, and its TensorRT provider. State stays on the device.
 
 Both work in the stream of the loop, on its addresses. They are not captured in its CUDA graphs: ONNX Runtime keeps
-shape arithmetic on the CPU and frees its pinned buffers while it runs, which a capture forbids (onnxruntime-gpu 1.31.1
-on an H100 then ends the process: "CUDA failure 800" in cuda_allocator.cc).
+shape arithmetic on the CPU and frees its pinned buffers in host functions of the stream, which a replay would call
+again. Nor may a run leave the stream unsynchronised ("disable_synchronize_execution_providers"): those host functions
+then end the process when the session goes (onnxruntime-gpu 1.31.1 on an H100, "CUDA failure 800" in cudaFreeHost).
 """
 
 from __future__ import annotations
@@ -120,9 +121,6 @@ class OrtEnqueuer:
         self._sessions, self._batch = dict(sessions), batch
         self._graphs = {name: contract.graph(name) for name in self._sessions}
         self._bindings: dict[tuple[str, tuple[int, ...]], Any] = {}
-        self._options = import_onnxruntime().RunOptions()
-        # the loop waits for the stream itself, and in a capture nobody may
-        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -136,7 +134,7 @@ class OrtEnqueuer:
         if key not in self._bindings:
             self._bindings[key] = self._bind(graph, addresses)
         try:
-            self._sessions[graph].run_with_iobinding(self._bindings[key], self._options)
+            self._sessions[graph].run_with_iobinding(self._bindings[key])
         except Exception as exc:  # onnxruntime raises a class of its own per status code
             raise FamExportError(f"onnxruntime failed in {graph}: {_first_line(exc)}") from exc
 
