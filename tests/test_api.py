@@ -17,7 +17,20 @@ import famexport as fx
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "famexport"
-HEAVY = {"torch", "tensorrt", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "transformers", "tokenizers", "plotly"}
+HEAVY = {
+    "torch",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
+    "polygraphy",
+    "onnxruntime",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "transformers",
+    "tokenizers",
+    "plotly",
+}
 
 
 def test_public_names() -> None:
@@ -272,7 +285,8 @@ def code_in_data(source: str) -> list[str]:
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )
-        if any("engine_host_code_allowed" in ast.unparse(target) for target in targets):
+        off = isinstance(node, ast.Assign) and ast.unparse(node.value) == "False"
+        if any("engine_host_code_allowed" in ast.unparse(target) for target in targets) and not off:
             found.append(f"{node.lineno}: {ast.unparse(node)}")  # type: ignore[attr-defined]
         if isinstance(node, ast.Attribute) and node.attr in ("unsafe_load", "UnsafeLoader", "FullLoader", "Unpickler"):
             found.append(f"{node.lineno}: {ast.unparse(node)}")
@@ -305,6 +319,7 @@ def test_no_code_in_data(path: Path) -> None:
         "np.load(path, allow_pickle=True)",
         "numpy.load(path, allow_pickle=flag)",
         "runtime.engine_host_code_allowed = True",
+        "runtime.engine_host_code_allowed = flag",
         "Runtime(engine_host_code_allowed=True)",
     ],
 )
@@ -313,7 +328,5 @@ def test_the_scan_sees(line: str) -> None:
 
 
 def test_the_scan_lets_pass() -> None:
-    good = (
-        "model.eval()\nre.compile('a')\nnp.load(p, allow_pickle=False)\nyaml.safe_load(t)\nsafetensors.numpy.load(d)\n"
-    )
+    good = "r.engine_host_code_allowed = False\nmodel.eval()\nre.compile('a')\nnp.load(p, allow_pickle=False)\nyaml.safe_load(t)\nsafetensors.numpy.load(d)\n"
     assert code_in_data(good) == []

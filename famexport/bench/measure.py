@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from famexport.bench.roofline import Ceilings, measure_ceilings
-from famexport.bench.turns import COMPARE_EVERY, backend_names, full_report, opened_turns, weight_bytes
+from famexport.bench.turns import COMPARE_EVERY, ON_CPU, backend_names, full_report, opened_turns, weight_bytes
 from famexport.bundle import Bundle, open_bundle
 from famexport.errors import UsageError
 from famexport.runtime.score import percentiles
@@ -46,8 +46,8 @@ def bench(
     """
     if blocks < 2:
         raise UsageError(f"bench needs at least 2 blocks, got {blocks}")
-    names = backend_names(backends)
     bundle = open_bundle(path)
+    names = backend_names(bundle, backends)
     ceilings = measure_ceilings()
     samples: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, list[int]] = {name: [] for name in names}
@@ -79,5 +79,6 @@ def _result(bundle: Bundle, name: str, samples: list[float], memory: list[int], 
         "tokens_per_s": contract.block_size * batch / latency["p50"] * 1e3,
         "state_bytes": contract.state_bytes(),
         "rss_bytes": {"first": memory[0], "last": memory[-1], "slope_per_1000_blocks": round(slope)},
-        "roofline": {**floor, "share": floor["floor_ms"] / latency["p50"]},
+        # The ceilings are measured on the CPU, and say nothing of a GPU
+        "roofline": {**floor, "share": floor["floor_ms"] / latency["p50"]} if name in ON_CPU else None,
     }

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from famexport.bench.roofline import Ceilings, measure_ceilings
-from famexport.bench.turns import COMPARE_EVERY, Turns, backend_names, full_report, opened_turns, weight_bytes
+from famexport.bench.turns import COMPARE_EVERY, ON_CPU, Turns, backend_names, full_report, opened_turns, weight_bytes
 from famexport.bundle import Bundle, open_bundle
 from famexport.errors import UsageError
 from famexport.runtime.score import percentiles
@@ -46,7 +46,8 @@ def bench_tokens(
         UsageError: unknown or repeated backends, too few tokens, a bundle without append_step.
         ParityError: backends disagree; nothing is reported.
     """
-    names, bundle = backend_names(backends), open_bundle(path)
+    bundle = open_bundle(path)
+    names = backend_names(bundle, backends)
     contract = bundle.contract
     if not contract.chunks:
         raise UsageError(f"{path} has block_step alone; to measure tokens export it with --graphs all")
@@ -102,5 +103,7 @@ def _result(
         "boundary_ms": percentiles(samples["boundary"]),
         "tokens_per_s": batch * 1e3 / float(np.mean(steps)),
         "state_bytes": contract.state_bytes(),
-        "roofline": {**floor, "share": floor["floor_ms"] / percentiles(samples["token"] or steps)["p50"]},
+        "roofline": {**floor, "share": floor["floor_ms"] / percentiles(samples["token"] or steps)["p50"]}
+        if name in ON_CPU
+        else None,
     }

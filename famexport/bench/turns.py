@@ -10,20 +10,27 @@ from typing import Any
 
 import numpy as np
 
+from famexport.bench.power import board_facts
 from famexport.bundle import Bundle
 from famexport.errors import ParityError, UsageError
 from famexport.runtime.backend import STORAGE
 from famexport.runtime.golden import relative_error
 from famexport.runtime.process import device_facts, rss_bytes, versions
-from famexport.runtime.session import BACKENDS, load
+from famexport.runtime.session import load
 from famexport.runtime.stream import Stream
 
 COMPARE_EVERY = 16
 
 
-def backend_names(backends: Sequence[str]) -> list[str]:
+ON_CPU = ("ort-cpu", "torch")
+
+
+def backend_names(bundle: Bundle, backends: Sequence[str]) -> list[str]:
     """The backends asked for, or the one that ``auto`` picks."""
-    names = list(backends) or [BACKENDS[0]]
+    names = list(backends)
+    if not names:
+        with load(bundle) as session:
+            names = [session.backend.name]
     if len(set(names)) != len(names):
         raise UsageError(f"a backend is named twice: {', '.join(names)}")
     return names
@@ -92,7 +99,9 @@ def weight_bytes(bundle: Bundle) -> int:
 
 def full_report(path: str | Path, bundle: Bundle, results: list[dict[str, Any]]) -> dict[str, Any]:
     """``results`` with the bundle, machine and versions that they belong to."""
+    board = board_facts()
     return {
+        **({"board": board} if board else {}),
         "bundle": {"path": str(path), "id": bundle.id, "precision": bundle.manifest.precision},
         "device": device_facts(),
         "versions": versions(),

@@ -48,7 +48,7 @@ def _register() -> None:
     from famexport.cli import engines, look, make, talk, use
 
     makers = make.init, make.convert, make.export, engines.build
-    for command in (*makers, talk.run, talk.chat, use.bench, use.verify, look.inspect, look.doctor):
+    for command in (*makers, talk.run, talk.chat, use.bench, use.compare, use.verify, look.inspect, look.doctor):
         app.command()(command)
     app.add_typer(engines.recipe, name="recipe")
 

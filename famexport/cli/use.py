@@ -11,6 +11,7 @@ from rich.table import Table
 
 from famexport.cli import options as opt
 from famexport.cli.output import out, print_json, size, stages
+from famexport.errors import ParityError, UsageError
 
 
 def bench(
@@ -65,7 +66,7 @@ def _tokens_table(report: dict[str, Any]) -> Table:
             *(f"{ms[name]:.2f}" if ms else "-" for name in ("p50", "p99")),
             f"{boundary['p50']:.2f} ({result['boundary_tokens']})" if boundary else "-",
             f"{result['tokens_per_s']:,.1f}",
-            f"{result['roofline']['share']:.0%}",
+            f"{result['roofline']['share']:.0%}" if result["roofline"] else "-",
         )
     return table
 
@@ -81,15 +82,54 @@ def _bench_table(report: dict[str, Any]) -> Table:
             result["backend"],
             *(f"{ms[name]:.2f}" for name in ("p50", "p90", "p99", "max")),
             f"{result['tokens_per_s']:,.0f}",
-            f"{result['roofline']['share']:.0%}",
+            f"{result['roofline']['share']:.0%}" if result["roofline"] else "-",
             size(rss["last"]),
         )
     return table
 
 
+def compare(
+    bundle: opt.Bundle,
+    backend: Annotated[list[str], typer.Option(help="Two backends; the second is what the first is compared with.")],
+    blocks: Annotated[int, typer.Option(help="Blocks of the closed loop.", min=1)] = 16,
+    seed: opt.Seed = None,
+    quiet: opt.Quiet = False,
+    json: opt.Json = False,
+) -> None:
+    """Compare two backends over a closed loop, output by output; exit 6 where they disagree."""
+    if len(backend) != 2:
+        raise UsageError(f"compare needs --backend twice, got {len(backend)}")
+    from famexport.compare import compare as compare_backends
+
+    with stages(quiet) as report:
+        found = compare_backends(
+            bundle, (backend[0], backend[1]), blocks=blocks, seed=seed or 0, progress=report.one("backends")
+        )
+    if json:
+        print_json(found)
+    elif not quiet:
+        a, b = found["backends"]
+        table = Table(title=f"{a} against {b}, {found['blocks']} blocks", title_justify="left")
+        for column in ("output", "max abs", "mean abs", "relative", "worst block"):
+            table.add_column(column, justify="left" if column == "output" else "right")
+        for name, value in found["outputs"].items():
+            numbers = (f"{value[key]:.3g}" for key in ("max_abs", "mean_abs", "relative"))
+            table.add_row(name, *numbers, str(value["worst_block"]))
+        out.print(table)
+    if not found["agree"]:
+        worst = max(found["outputs"], key=lambda name: found["outputs"][name]["relative"])
+        raise ParityError(
+            f"{found['backends'][0]} and {found['backends'][1]} differ in {worst} by "
+            f"{found['outputs'][worst]['relative']:.3g} (relative), allowed is {found['tolerance']:.3g}"
+        )
+
+
 def verify(
     bundle: opt.Bundle,
     backend: Annotated[str, typer.Option(help=opt.BACKENDS)] = "auto",
+    report_row: Annotated[
+        bool, typer.Option("--report", help="Print the row for docs/verified.md that this device has earned.")
+    ] = False,
     quiet: opt.Quiet = False,
     json: opt.Json = False,
 ) -> None:
@@ -98,7 +138,11 @@ def verify(
 
     with stages(quiet) as report:
         facts = verify_bundle(bundle, backend, progress=report.one("hashes"))
-    if json:
+    if report_row:
+        from famexport.runtime.selftest import report_line
+
+        print(report_line(facts))
+    elif json:
         print_json({"ok": True, **facts})
     elif not quiet:
         appended = f", by append_step {facts['append_error']:.2g}" if "append_error" in facts else ""

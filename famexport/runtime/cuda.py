@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from math import prod
 from threading import RLock
 from typing import Any
@@ -70,7 +69,7 @@ class Cuda:
     """
 
     def __init__(self, device: int = 0) -> None:
-        self._runtime, self._driver, self._nvrtc = _import("runtime"), _import("driver"), _import("nvrtc")
+        self._runtime, self._driver, self._nvrtc = _import_cuda()
         self.device, self.lock = device, RLock()  # calls of several threads share the stream
         count = self._checked("cudaGetDeviceCount", IncompatibleError)
         if not 0 <= device < count:
@@ -288,13 +287,15 @@ _ADVICE: Mapping[str, str] = {
 }
 
 
-def _import(part: str) -> Any:
-    """A module of cuda-python, which moved them in version 12.6."""
-    old = {"runtime": "cudart", "driver": "cuda", "nvrtc": "nvrtc"}[part]
-    missing: ImportError | None = None
-    for name in (f"cuda.bindings.{part}", f"cuda.{old}"):
+def _import_cuda() -> tuple[Any, Any, Any]:
+    """(runtime, driver, nvrtc) of cuda-python, which moved them in version 12.6."""
+    try:
         try:
-            return import_module(name)
-        except ImportError as exc:
-            missing = exc
-    raise MissingDependencyError("cuda-python", "tensorrt", "running on CUDA devices") from missing
+            from cuda.bindings import driver, nvrtc, runtime
+        except ImportError:
+            from cuda import cuda as driver
+            from cuda import cudart as runtime
+            from cuda import nvrtc
+    except ImportError as exc:
+        raise MissingDependencyError("cuda-python", "tensorrt", "running on CUDA devices") from exc
+    return runtime, driver, nvrtc

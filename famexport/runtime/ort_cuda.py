@@ -34,6 +34,7 @@ class OrtCuda(Backend):
     name = "ort-cuda"
     provider = "CUDAExecutionProvider"
     device = "cuda"
+    libraries = "its CUDA or cuDNN libraries (pip install 'onnxruntime-gpu[cuda,cudnn]')"
 
     def __init__(
         self,
@@ -80,8 +81,8 @@ class OrtCuda(Backend):
             ) from exc
         if (got := session.get_providers()[0]) != self.provider:
             raise IncompatibleError(
-                f"onnxruntime {ort.__version__} fell back to {got}, expected {self.provider}: its CUDA or cuDNN "
-                "libraries do not load; pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                f"onnxruntime {ort.__version__} fell back to {got}, expected {self.provider}: {self.libraries} "
+                "do not load"
             )
         return session
 
@@ -104,6 +105,7 @@ class OrtTensorrt(OrtCuda):
 
     name = "ort-tensorrt"
     provider = "TensorrtExecutionProvider"
+    libraries = "the libraries of TensorRT 10 (libnvinfer.so.10), which it is linked with,"
 
     def _providers(self, stream: int) -> list[tuple[str, dict[str, str]]]:
         options = {"user_compute_stream": str(stream), "trt_engine_cache_enable": "False", "device_id": "0"}

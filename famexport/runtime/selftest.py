@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from famexport.bundle import open_bundle
 from famexport.errors import BundleError
 from famexport.runtime.chunks import advance_by_chunks
 from famexport.runtime.golden import replay
+from famexport.runtime.process import device_facts, versions
 from famexport.runtime.session import load
 
 _APPENDED_BLOCKS = 2  # by append_step and commit_block; the second reads what the first left behind
@@ -56,3 +58,30 @@ def verify(
         "tolerance": result.tolerance,
         **more,
     }
+
+
+def report_line(facts: Mapping[str, Any]) -> str:
+    """The row of docs/verified.md that a ``verify`` has earned, in its columns; nothing in it is typed by hand."""
+    machine, found = device_facts(), versions()
+    gpu = "-"
+    if facts["device"] == "cuda":
+        from famexport.runtime.cuda import Cuda
+
+        cuda = Cuda()
+        try:
+            said = cuda.facts()
+        finally:
+            cuda.close()
+        gpu = f"{said['name']} ({'.'.join(map(str, said['compute_capability']))}), CUDA {said['runtime']}"
+    packages = [f"{name} {found[name]}" for name in ("famexport", "onnxruntime", "onnxruntime-gpu") if name in found]
+    cells = (
+        date.today().isoformat(),
+        f"{machine['processor']}, {machine['system']}, Python {machine['python']}",
+        gpu,
+        f"{facts['backend']} ({facts['provider']})",
+        ", ".join(packages),
+        facts["precision"],
+        f"{facts['golden_blocks']} blocks executed, logits {facts['logits_error']:.2g}, "
+        f"state {facts['state_error']:.2g}",
+    )
+    return "| " + " | ".join(cells) + " |"

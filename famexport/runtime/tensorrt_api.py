@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib import import_module
 from typing import Any
 
 from famexport.errors import IncompatibleError, MissingDependencyError
@@ -30,7 +29,13 @@ def import_tensorrt(engine: str) -> Any:
     """
     name, extra = MODULES[engine]
     try:
-        return import_module(name)
+        if engine == "tensorrt":
+            import tensorrt
+
+            return tensorrt
+        import tensorrt_rtx
+
+        return tensorrt_rtx
     except ModuleNotFoundError as exc:
         raise MissingDependencyError(name.replace("_", "-"), extra, f"the engine {engine}") from exc
     except (ImportError, OSError, RuntimeError) as exc:

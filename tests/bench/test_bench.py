@@ -90,7 +90,11 @@ def test_one_backend_by_default(bundles: Bundles) -> None:
     ("backends", "blocks", "says"),
     [
         (["ort-cpu", "torch", "ort-cpu"], 5, "named twice: ort-cpu, torch, ort-cpu"),
-        (["ort-cpu", "cuda"], 5, "no backend 'cuda'; expected auto, ort-cpu, torch"),
+        (
+            ["ort-cpu", "cuda"],
+            5,
+            "no backend 'cuda'; expected auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, ort-cpu, torch",
+        ),
         (["ort-cpu"], 1, "at least 2 blocks, got 1"),
         (["ort-cpu"], 0, "at least 2 blocks, got 0"),
     ],

@@ -23,6 +23,8 @@ from famexport.cli import _run
 ROOT = Path(__file__).parents[2]
 Bundles = Callable[[str], Path]
 
+GPU_BACKENDS = dict.fromkeys(("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-tensorrt"), False)  # no GPU here
+
 
 class Command:
     """Runs a command in this process: its exit code, and what it wrote."""
@@ -246,7 +248,11 @@ def test_inspect(famexport: Command, bundles: Bundles, checkpoints: Bundles) -> 
 
 def test_doctor(famexport: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     found = famexport.json("doctor")
-    assert {backend["backend"]: backend["works"] for backend in found["backends"]} == {"ort-cpu": True, "torch": True}
+    assert {backend["backend"]: backend["works"] for backend in found["backends"]} == {
+        **GPU_BACKENDS,
+        "ort-cpu": True,
+        "torch": True,
+    }
     packages = {package["package"]: package for package in found["packages"]}
     assert packages["torch"]["version"].startswith("2.")
     assert packages["torch"]["add"] is None
@@ -270,7 +276,11 @@ def test_doctor_says_what_is_missing(famexport: Command, monkeypatch: pytest.Mon
     for extra in ("cpu", "text", "export", "hf"):
         assert f"pip install 'famexport[{extra}]'" in table
     found = famexport.json("doctor")
-    assert {backend["backend"]: backend["works"] for backend in found["backends"]} == {"ort-cpu": False, "torch": False}
+    assert {backend["backend"]: backend["works"] for backend in found["backends"]} == {
+        **GPU_BACKENDS,
+        "ort-cpu": False,
+        "torch": False,
+    }
     assert all(backend["add"] for backend in found["backends"])
     assert all(package["add"].startswith("pip install 'famexport[") for package in found["packages"])
 

@@ -318,3 +318,31 @@ def test_a_build_that_is_stopped_leaves_the_bundle_as_it_was(bundle: Bundles, ki
         assert not (path / "engines").exists()
     build_engines(path, "l4")
     assert len(list(path.rglob("*.plan"))) == 4
+
+
+SMOLLM2 = {
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "num_hidden_layers": 3,
+    "block_size": 128,
+    "memory_segments": 3,
+    "fam_length": 16,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_step_of_smollm2s_shapes(make_checkpoint, tmp_path: Path, precision: str) -> None:
+    """Its widths, heads, vocabulary and block, three of its 30 layers: portable, and with fused attention."""
+    made = make_checkpoint(tmp_path / "ckpt", preset("tiny", **SMOLLM2))
+    for opset, attention in ((20, None), (23, "fused")):
+        export_bundle(made, tmp_path / f"{opset}", precision=precision, opset=opset, parity_blocks=2)
+        options = BuildOptions(attention=attention or "decomposable")
+        (entry,) = build_engines(tmp_path / f"{opset}", "rtx-4090", options=options).engines
+        assert entry.attention == attention
+        assert set(entry.layers["MATRIX_MULTIPLY"]) == {{"fp16": "HALF", "bf16": "BF16"}[precision]}
+        assert entry.bytes > 2 * 576 * 49152  # the embedding alone

@@ -14,7 +14,7 @@ from streaming import random_input
 import famexport as fx
 from famexport.errors import BundleError, IncompatibleError, MissingDependencyError, UsageError
 from famexport.runtime.golden import relative_error
-from famexport.runtime.session import BACKENDS, open_backend
+from famexport.runtime.session import AUTO, open_backend
 
 # Largest relative error of one block's logits or of one state tensor, closed loop, over 50 blocks. Measured: 3e-6 in
 # float32, where only the order of sums differs; fp16 and bf16 round at other places in the two backends.
@@ -73,7 +73,7 @@ def test_load(bundles: Callable[[str], Path]) -> None:
     path = bundles("plain")
     seen: list[tuple[int, int]] = []
     with fx.load(str(path), threads=1, progress=lambda done, total: seen.append((done, total))) as session:
-        assert session.backend.name == BACKENDS[0] == "ort-cpu"
+        assert session.backend.name == AUTO[-1] == "ort-cpu"
         assert session.contract == fx.open_bundle(path).contract
     total = sum(entry.bytes for entry in fx.open_bundle(path).manifest.files.values())
     assert seen[-1] == (total, total)
@@ -82,7 +82,10 @@ def test_load(bundles: Callable[[str], Path]) -> None:
 
 
 def test_what_load_refuses(bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no backend 'cuda'; expected auto, ort-cpu, torch"):
+    with pytest.raises(
+        UsageError,
+        match="no backend 'cuda'; expected auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, ort-cpu, torch",
+    ):
         fx.load(bundles("plain"), "cuda")
     with pytest.raises(UsageError, match="there is no bundle at"):
         fx.load(tmp_path / "none")
