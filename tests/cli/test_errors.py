@@ -209,7 +209,14 @@ def test_bundles_that_run_cannot_stream(
 
 @pytest.mark.parametrize("command", ["run", "bench", "verify"])
 def test_an_unknown_backend(fails: Callable[..., str], bundles: Paths, command: str) -> None:
-    fails(USAGE, command, bundles("plain"), "--backend", "cuda", says=("no backend 'cuda'", "auto, ort-cpu, torch"))
+    fails(
+        USAGE,
+        command,
+        bundles("plain"),
+        "--backend",
+        "cuda",
+        says=("no backend 'cuda'", "auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, ort-cpu, torch"),
+    )
 
 
 def test_options_that_cannot_be(fails: Callable[..., str], bundles: Paths, checkpoints: Paths, tmp_path: Path) -> None:

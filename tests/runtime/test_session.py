@@ -57,6 +57,7 @@ def test_info(sessions: Callable[..., Any], bundles: Callable[[str], Path]) -> N
     assert info == {
         "backend": "ort-cpu",
         "provider": "CPUExecutionProvider",
+        "reason": "asked for",
         "device": "cpu",
         "precision": "fp32",
         "state_bytes": state,
