@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from famexport.bundle import open_bundle
+from famexport.bundle import engine_bytes, open_bundle
 from famexport.contract import METADATA_KEY
 from famexport.engines import read_entries
 from famexport.errors import BundleError, InvalidInputError, MissingDependencyError, UsageError
@@ -38,7 +39,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return _graph(path)
     if path.suffix == ".safetensors":
         return _weights(path)
-    raise InvalidInputError(f"{path} is not a bundle, a checkpoint, an .onnx or a .safetensors file")
+    if path.suffix == ".plan":
+        return _engine(path)
+    raise InvalidInputError(f"{path} is not a bundle, a checkpoint, an .onnx, a .safetensors or a .plan file")
 
 
 def _bundle(path: Path) -> dict[str, Any]:
@@ -120,6 +123,32 @@ def _graph(path: Path) -> dict[str, Any]:
         "external_files": sorted({e.location for e in facts.external}),
         "step_contract": METADATA_KEY in facts.metadata,
         "metadata": {key: value for key, value in facts.metadata.items() if key != METADATA_KEY},
+    }
+
+
+def _engine(path: Path) -> dict[str, Any]:
+    """An engine by what its bundle's manifest says of it: a plan says nothing that could be read without running it."""
+    folder = path.absolute().parents[2]
+    bundle = open_bundle(folder, verify=False)
+    name = f"{path.absolute().parent.name}/{path.name}"
+    entry = next((e for e in read_entries(bundle.manifest.engines) if e.name == name), None)
+    if entry is None:
+        raise InvalidInputError(f"{path} is no engine that the manifest of {folder} names; build it again")
+    engine_bytes(bundle, entry)
+    return {
+        "kind": "engine",
+        "bundle": str(folder),
+        "built_here": is_trusted(entry.sha256),
+        "target": entry.target,
+        "graph": entry.graph,
+        "engine": entry.engine,
+        "device": asdict(entry.device),
+        "attention": entry.attention,
+        "types_read_from": entry.checked,
+        "inputs_and_outputs": entry.io,
+        "layers": {kind: ", ".join(f"{n} {d}" for d, n in counts.items()) for kind, counts in entry.layers.items()},
+        "options": {key: value for key, value in entry.options.items() if value not in (None, False, "none")},
+        "bytes": entry.bytes,
     }
 
 

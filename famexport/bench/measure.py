@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from famexport.bench.power import PowerMeter
 from famexport.bench.roofline import Ceilings, measure_ceilings
 from famexport.bench.turns import COMPARE_EVERY, ON_CPU, backend_names, full_report, opened_turns, weight_bytes
 from famexport.bundle import Bundle, open_bundle
@@ -51,7 +52,7 @@ def bench(
     ceilings = measure_ceilings()
     samples: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, list[int]] = {name: [] for name in names}
-    with opened_turns(bundle, names, threads, seed) as turns:
+    with opened_turns(bundle, names, threads, seed) as turns, PowerMeter() as meter:
         size = bundle.contract.block_size
         for i in range(bundle.contract.memory_segments + 2):
             turns.take(turns.random(size), compare=True, at=f"block {i}")
@@ -63,7 +64,7 @@ def bench(
             if progress:
                 progress(i + 1, blocks)
     results = [_result(bundle, name, samples[name], memory[name], ceilings) for name in names]
-    return full_report(path, bundle, results), samples
+    return full_report(path, bundle, results, meter.result()), samples
 
 
 def _result(bundle: Bundle, name: str, samples: list[float], memory: list[int], ceilings: Ceilings) -> dict[str, Any]:

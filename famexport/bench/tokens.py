@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from famexport.bench.power import PowerMeter
 from famexport.bench.roofline import Ceilings, measure_ceilings
 from famexport.bench.turns import COMPARE_EVERY, ON_CPU, Turns, backend_names, full_report, opened_turns, weight_bytes
 from famexport.bundle import Bundle, open_bundle
@@ -57,7 +58,7 @@ def bench_tokens(
         raise UsageError(f"bench needs at least 2 tokens after a prompt of at least 1, got {tokens} and {prompt}")
     ceilings = measure_ceilings()
     samples: dict[str, dict[str, list[float]]] = {n: {"first": [], "token": [], "boundary": []} for n in names}
-    with opened_turns(bundle, names, threads, seed) as turns:
+    with opened_turns(bundle, names, threads, seed) as turns, PowerMeter() as meter:
         for i in range(PROMPTS + 1):
             for name, seconds in _prompts(turns, prompt).items():
                 if i:  # the first touches what is touched for the first time
@@ -72,7 +73,7 @@ def bench_tokens(
                 progress(i + 1, tokens)
         batch = turns.batch
     results = [_result(bundle, name, samples[name], prompt, batch, ceilings) for name in names]
-    return full_report(path, bundle, results), samples
+    return full_report(path, bundle, results, meter.result()), samples
 
 
 def _prompts(turns: Turns, length: int) -> dict[str, float]:

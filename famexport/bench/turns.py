@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,15 @@ def weight_bytes(bundle: Bundle) -> int:
     return int(manifest.cost.get("weight_bytes_read", whole))
 
 
-def full_report(path: str | Path, bundle: Bundle, results: list[dict[str, Any]]) -> dict[str, Any]:
+def full_report(
+    path: str | Path, bundle: Bundle, results: list[dict[str, Any]], power: Mapping[str, Any]
+) -> dict[str, Any]:
     """``results`` with the bundle, machine and versions that they belong to."""
     board = board_facts()
     return {
+        # of a Jetson; elsewhere there is nothing to read
         **({"board": board} if board else {}),
+        **({"power": dict(power)} if power else {}),
         "bundle": {"path": str(path), "id": bundle.id, "precision": bundle.manifest.precision},
         "device": device_facts(),
         "versions": versions(),

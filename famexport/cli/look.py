@@ -13,7 +13,7 @@ from famexport.cli.output import out, print_facts, print_json, size
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, a bundle, an .onnx or a .safetensors file.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint, a bundle, an .onnx, a .safetensors or a .plan file.")],
     json: opt.Json = False,
 ) -> None:
     """Say what a path is, what it needs, and whether it can run here."""

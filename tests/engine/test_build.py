@@ -19,8 +19,17 @@ from famexport.engine.build import build_engines
 from famexport.engine.build_options import BuildOptions
 from famexport.engine.network import build_failure
 from famexport.engines import read_entries
-from famexport.errors import BundleError, EngineError, FamExportError, IncompatibleError, UntrustedError, UsageError
+from famexport.errors import (
+    BundleError,
+    EngineError,
+    FamExportError,
+    IncompatibleError,
+    InvalidInputError,
+    UntrustedError,
+    UsageError,
+)
 from famexport.export.pipeline import export_bundle
+from famexport.inspection import inspect
 from famexport.manifest import Manifest
 from famexport.runtime.trust import is_trusted
 
@@ -102,6 +111,26 @@ def test_a_damaged_or_foreign_engine_is_built_again(bundle: Bundles, trust_store
     assert built.kept == []
     assert engine_bytes(open_bundle(path), again)
     assert is_trusted(again.sha256)
+
+
+def test_an_engine_can_be_inspected(bundle: Bundles, trust_store: Path) -> None:
+    path = bundle("fp16")
+    (entry,) = build_engines(path, "l4").engines
+    plan = path / "engines" / entry.name
+    facts = inspect(plan)
+    assert (facts["kind"], facts["target"], facts["graph"], facts["built_here"]) == ("engine", "l4", "block_step", True)
+    assert facts["layers"]["MATRIX_MULTIPLY"].endswith(" HALF")
+    assert "built here" in inspect(path)["engines"][entry.name]
+    (trust_store / entry.sha256).unlink()
+    assert inspect(plan)["built_here"] is False
+    assert "not built here" in inspect(path)["engines"][entry.name]
+    stray = plan.with_name("block_step-" + "0" * 16 + ".plan")
+    stray.write_bytes(plan.read_bytes())
+    with pytest.raises(InvalidInputError, match="no engine that the manifest of .* names"):
+        inspect(stray)
+    plan.write_bytes(b"other")
+    with pytest.raises(UntrustedError, match="not as it was built"):
+        inspect(plan)
 
 
 def test_litter_is_removed_by_the_next_build_and_never_named(bundle: Bundles) -> None:
