@@ -79,6 +79,7 @@ def build_engines(
     raise_problems(IncompatibleError, "cannot build", precision_problems(goal, kind, opened.manifest.precision))
     trt = import_tensorrt(kind)
     device = _device(trt, goal, kind)
+    _check_folder(opened, goal)
     has = read_entries(opened.manifest.engines)
     entries, kept = [], []
     names = opened.contract.graph_names
@@ -256,6 +257,13 @@ def _fused_problems(bundle: Bundle) -> list[str]:
     if isinstance(head, int) and (head % 8 or not 16 <= head <= 256):
         problems.append(f"the head size is {head}, expected 16 to 256 and a multiple of 8")
     return problems
+
+
+def _check_folder(bundle: Bundle, target: Target) -> None:
+    """Plans are written into the bundle and nowhere else (R3): a link in their path would lead out of it."""
+    for folder in (bundle.path / ENGINES, bundle.path / ENGINES / target.name):
+        if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+            raise BundleError(f"{folder} is a link or no directory, expected a directory of the bundle; remove it")
 
 
 def _remove_unnamed(bundle: Bundle, target: Target, entries: list[EngineEntry]) -> None:

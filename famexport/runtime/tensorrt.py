@@ -84,6 +84,11 @@ def load_engine(trt: Any, runtime: Any, logger: Any, bundle: Bundle, entry: Engi
         EngineError: its tensors are not the contract's.
     """
     command = f"famexport build {bundle.path} --target {entry.target} --engine {entry.engine}"
+    if entry.options.get("strip"):
+        raise IncompatibleError(
+            f"the engine {entry.name} was built without its weights, and this runtime does not put them in; "
+            f"build one with them: {command}"
+        )
     data = engine_bytes(bundle, entry)
     if not is_trusted(entry.sha256):
         raise UntrustedError(

@@ -143,6 +143,19 @@ def test_litter_is_removed_by_the_next_build_and_never_named(bundle: Bundles) ->
     assert [p.name for p in folder.iterdir()] == [entry.file]
 
 
+@pytest.mark.parametrize("where", ["engines", "engines/l4"])
+def test_no_plan_is_written_or_removed_through_a_link(bundle: Bundles, tmp_path: Path, where: str) -> None:
+    path, outside = bundle("fp16"), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "canary.plan").write_bytes(b"canary")
+    (path / where).parent.mkdir(exist_ok=True)
+    (path / where).symlink_to(outside)
+    with pytest.raises(BundleError):
+        build_engines(path, "l4")
+    assert [p.name for p in outside.iterdir()] == ["canary.plan"]
+    assert (outside / "canary.plan").read_bytes() == b"canary"
+
+
 @pytest.mark.parametrize(
     ("target", "name", "engine", "error", "said"),
     [

@@ -209,6 +209,13 @@ def test_a_trust_store_that_others_can_write_vouches_for_nothing(trt: Any, built
         trust("0" * 64)
 
 
+def test_an_engine_without_weights_is_not_run(trt: Any, built: Path) -> None:
+    (entry,) = read_entries(open_bundle(built).manifest.engines)
+    with pytest.raises(IncompatibleError, match="built without its weights.*famexport build .* --target l4"):
+        loading(trt, built, replace(entry, options={**entry.options, "strip": True}))
+    assert not trt.called("Runtime.deserialize_cuda_engine")
+
+
 def test_a_null_engine_is_an_error_with_the_command(trt: Any, built: Path) -> None:
     trt.on("Runtime.deserialize_cuda_engine", lambda self, data: None)
     with pytest.raises(
