@@ -18,6 +18,7 @@ from famexport.config import preset
 from famexport.engine.build import build_engines
 from famexport.engine.build_options import BuildOptions
 from famexport.engine.network import build_failure
+from famexport.engine.targets import TARGETS
 from famexport.engines import read_entries
 from famexport.errors import (
     BundleError,
@@ -55,6 +56,13 @@ def test_products_have_the_precision_that_was_asked(bundle: Bundles, name: str) 
     assert (entry.device.compute_capability, entry.device.gpu) == ("8.9", None)
     assert len(engine_bytes(open_bundle(path), entry)) == entry.bytes > 100_000
     assert is_trusted(entry.sha256)
+
+
+@pytest.mark.parametrize("target", [name for name, t in TARGETS.items() if "tensorrt-rtx" in t.engines])
+def test_every_target_of_tensorrt_rtx_builds(bundle: Bundles, target: str) -> None:
+    (entry,) = build_engines(bundle("fp16"), target).engines
+    assert entry.device.compute_capability == TARGETS[target].compute_capability
+    assert set(entry.layers["MATRIX_MULTIPLY"]) == {"HALF"}
 
 
 def test_all_graphs_build_and_an_unchanged_key_is_kept(bundle: Bundles) -> None:
