@@ -160,19 +160,6 @@ class Cuda:
     def synchronize(self) -> None:
         self._checked("cudaStreamSynchronize", FamExportError, self._stream)
 
-    def event(self) -> Any:
-        return self._checked("cudaEventCreate")
-
-    def record(self, event: Any) -> None:
-        self._checked("cudaEventRecord", FamExportError, event, self._stream)
-
-    def elapsed_ms(self, start: Any, end: Any) -> float:
-        self._checked("cudaEventSynchronize", FamExportError, end)
-        return float(self._checked("cudaEventElapsedTime", FamExportError, start, end))
-
-    def drop_event(self, event: Any) -> None:
-        self._checked("cudaEventDestroy", FamExportError, event)
-
     def capture(self, call: Callable[[], None]) -> int:
         """What ``call`` puts into the stream, as a graph to ``launch``; it is not run now.
 

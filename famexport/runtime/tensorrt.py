@@ -49,18 +49,29 @@ def device_problems(entry: EngineEntry, here: DeviceTuple) -> list[str]:
     return problems
 
 
+def engines_of(bundle: Bundle, engine: str) -> list[EngineEntry]:
+    """The bundle's engines of that kind, for whatever machine.
+
+    Raises:
+        IncompatibleError: there are none; with the command that builds them.
+    """
+    entries = [entry for entry in read_entries(bundle.manifest.engines) if entry.engine == engine]
+    if not entries:
+        raise IncompatibleError(
+            f"{bundle.path} has no {engine} engines; build them with: "
+            f"famexport build {bundle.path} --target TARGET --engine {engine}"
+        )
+    return entries
+
+
 def choose_engines(bundle: Bundle, engine: str, here: DeviceTuple) -> dict[str, EngineEntry]:
     """The engine of every graph of the bundle that is for this machine, by graph.
 
     Raises:
         IncompatibleError: there is none, or not of all graphs; with the command that builds them.
     """
-    entries = [entry for entry in read_entries(bundle.manifest.engines) if entry.engine == engine]
-    command = f"famexport build {bundle.path} --target TARGET --engine {engine}"
-    if not entries:
-        raise IncompatibleError(f"{bundle.path} has no {engine} engines; build them with: {command}")
     by_target: dict[str, dict[str, EngineEntry]] = {}
-    for entry in entries:
+    for entry in engines_of(bundle, engine):
         by_target.setdefault(entry.target, {})[entry.graph] = entry
     reasons = []
     for target, found in by_target.items():
@@ -71,7 +82,8 @@ def choose_engines(bundle: Bundle, engine: str, here: DeviceTuple) -> dict[str, 
             return found
         reasons.append(f"those for {target}: {', '.join(differences)}")
     raise IncompatibleError(
-        f"no {engine} engine of {bundle.path} is for this machine; {'; '.join(reasons)}; build on it with: {command}"
+        f"no {engine} engine of {bundle.path} is for this machine; {'; '.join(reasons)}; "
+        f"build on it with: famexport build {bundle.path} --target TARGET --engine {engine}"
     )
 
 
@@ -80,8 +92,7 @@ def load_engine(trt: Any, runtime: Any, logger: Any, bundle: Bundle, entry: Engi
 
     Raises:
         UntrustedError: it is not as it was built, or was not built here.
-        IncompatibleError: TensorRT refuses it.
-        EngineError: its tensors are not the contract's.
+        IncompatibleError: TensorRT refuses it, it has no weights, or its tensors are not the contract's.
     """
     command = f"famexport build {bundle.path} --target {entry.target} --engine {entry.engine}"
     if entry.options.get("strip"):
@@ -222,9 +233,7 @@ class Tensorrt(Backend):
         super().__init__(bundle.contract, bundle.manifest.precision)
         self.name = engine
         self._capture, self._engines = capture, dict[str, Any]()
-        if not any(entry.engine == engine for entry in read_entries(bundle.manifest.engines)):
-            command = f"famexport build {bundle.path} --target TARGET --engine {engine}"
-            raise IncompatibleError(f"{bundle.path} has no {engine} engines; build them with: {command}")
+        engines_of(bundle, engine)  # before TensorRT and CUDA are loaded for nothing
         self._trt = trt = import_tensorrt(engine)
         self.provider = f"{trt.__name__} {trt.__version__}"
         self._cuda = cuda or _open_cuda()
