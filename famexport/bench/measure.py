@@ -48,11 +48,11 @@ def bench(
     if blocks < 2:
         raise UsageError(f"bench needs at least 2 blocks, got {blocks}")
     bundle = open_bundle(path)
-    names = backend_names(bundle, backends)
+    names = backend_names(backends)
     ceilings = measure_ceilings()
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    memory: dict[str, list[int]] = {name: [] for name in names}
     with opened_turns(bundle, names, threads, seed) as turns, PowerMeter() as meter:
+        samples: dict[str, list[float]] = {name: [] for name in turns.streams}
+        memory: dict[str, list[int]] = {name: [] for name in turns.streams}
         size = bundle.contract.block_size
         for i in range(bundle.contract.memory_segments + 2):
             turns.take(turns.random(size), compare=True, at=f"block {i}")
@@ -63,7 +63,7 @@ def bench(
                 memory[name].append(rss)
             if progress:
                 progress(i + 1, blocks)
-    results = [_result(bundle, name, samples[name], memory[name], ceilings) for name in names]
+    results = [_result(bundle, name, samples[name], memory[name], ceilings) for name in samples]
     return full_report(path, bundle, results, meter.result()), samples
 
 

@@ -48,7 +48,7 @@ def bench_tokens(
         ParityError: backends disagree; nothing is reported.
     """
     bundle = open_bundle(path)
-    names = backend_names(bundle, backends)
+    names = backend_names(backends)
     contract = bundle.contract
     if not contract.chunks:
         raise UsageError(f"{path} has block_step alone; to measure tokens export it with --graphs all")
@@ -57,8 +57,10 @@ def bench_tokens(
     if tokens < 2 or prompt < 1:
         raise UsageError(f"bench needs at least 2 tokens after a prompt of at least 1, got {tokens} and {prompt}")
     ceilings = measure_ceilings()
-    samples: dict[str, dict[str, list[float]]] = {n: {"first": [], "token": [], "boundary": []} for n in names}
     with opened_turns(bundle, names, threads, seed) as turns, PowerMeter() as meter:
+        samples: dict[str, dict[str, list[float]]] = {
+            n: {"first": [], "token": [], "boundary": []} for n in turns.streams
+        }
         for i in range(PROMPTS + 1):
             for name, seconds in _prompts(turns, prompt).items():
                 if i:  # the first touches what is touched for the first time
@@ -72,7 +74,7 @@ def bench_tokens(
             if progress:
                 progress(i + 1, tokens)
         batch = turns.batch
-    results = [_result(bundle, name, samples[name], prompt, batch, ceilings) for name in names]
+    results = [_result(bundle, name, samples[name], prompt, batch, ceilings) for name in samples]
     return full_report(path, bundle, results, meter.result()), samples
 
 

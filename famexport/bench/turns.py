@@ -25,12 +25,9 @@ COMPARE_EVERY = 16
 ON_CPU = ("ort-cpu", "torch")
 
 
-def backend_names(bundle: Bundle, backends: Sequence[str]) -> list[str]:
-    """The backends asked for, or the one that ``auto`` picks."""
-    names = list(backends)
-    if not names:
-        with load(bundle) as session:
-            names = [session.backend.name]
+def backend_names(backends: Sequence[str]) -> list[str]:
+    """The backends asked for, or ``auto``, which ``opened_turns`` calls by the name of what it picked."""
+    names = list(backends) or ["auto"]
     if len(set(names)) != len(names):
         raise UsageError(f"a backend is named twice: {', '.join(names)}")
     return names
@@ -86,7 +83,9 @@ def opened_turns(bundle: Bundle, names: Sequence[str], threads: int | None, seed
         streams = {}
         for name in names:
             session = stack.enter_context(load(bundle, name, threads=threads))
-            streams[name] = stack.enter_context(session.stream())
+            if session.backend.name in streams:
+                raise UsageError(f"a backend is named twice: {', '.join(names)}; {name} is {session.backend.name}")
+            streams[session.backend.name] = stack.enter_context(session.stream())
         yield Turns(bundle, streams, np.random.default_rng(seed))
 
 
