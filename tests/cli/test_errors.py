@@ -80,7 +80,10 @@ def test_what_is_not_a_bundle_or_checkpoint(fails: Callable[..., str], tmp_path:
     fails(INVALID, "inspect", tmp_path, says=("holds neither manifest.json (a bundle) nor config.json (a checkpoint)",))
     (tmp_path / "notes.txt").write_text("hello")
     fails(
-        INVALID, "inspect", tmp_path / "notes.txt", says=("is not a bundle, a checkpoint, an .onnx or a .safetensors",)
+        INVALID,
+        "inspect",
+        tmp_path / "notes.txt",
+        says=("is not a bundle, a checkpoint, an .onnx, a .safetensors or a .plan",),
     )
     fails(USAGE, "export", tmp_path / "none", "-o", tmp_path / "out", says=("no such path", "none"))
     fails(INVALID, "export", tmp_path, "-o", tmp_path / "out", says=("has no config.json", "Hugging Face form"))
