@@ -192,6 +192,20 @@ class Cuda:
     def drop_graph(self, graph: int) -> None:
         self._checked("cudaGraphExecDestroy", FamExportError, self._graphs.pop(graph))
 
+    def event(self) -> Any:
+        """A point in the stream, to be marked with ``record``. ``drop_event`` when done."""
+        return self._checked("cudaEventCreate")
+
+    def record(self, event: Any) -> None:
+        self._checked("cudaEventRecord", FamExportError, event, self._stream)
+
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        """Between two recorded events that the device has passed."""
+        return float(self._checked("cudaEventElapsedTime", FamExportError, start, end))
+
+    def drop_event(self, event: Any) -> None:
+        self._checked("cudaEventDestroy", FamExportError, event)
+
     def prepare(self) -> None:
         """Compile what ``flag_nonfinite`` runs, which cannot be done while capturing."""
         if self._kernel is None:

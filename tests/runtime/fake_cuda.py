@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from threading import RLock
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.lock = RLock()
         self.calls: list[str] = []
-        self.mallocs = self.owners = 0
+        self.mallocs = self.owners = self.events = 0
         self.live: dict[int, np.ndarray] = {}
         self.host: dict[int, np.ndarray] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
@@ -114,6 +115,19 @@ class FakeCuda:
                 out |= ((bits & mask) == mask).any(axis=1)
 
         self.submit(work)
+
+    def event(self) -> list[float]:
+        self.events += 1
+        return [0.0]
+
+    def record(self, event: list[float]) -> None:
+        event[0] = perf_counter()
+
+    def elapsed_ms(self, start: list[float], end: list[float]) -> float:
+        return (end[0] - start[0]) * 1e3
+
+    def drop_event(self, event: list[float]) -> None:
+        self.events -= 1
 
     def retain(self) -> None:
         self.owners += 1
