@@ -34,6 +34,7 @@ class OrtCuda(Backend):
     name = "ort-cuda"
     provider = "CUDAExecutionProvider"
     device = "cuda"
+    uncaptured_reason: str | None = None  # where there is more to say than that the engine cannot
     libraries = "its CUDA or cuDNN libraries (pip install 'onnxruntime-gpu[cuda,cudnn]')"
 
     def __init__(
@@ -67,13 +68,17 @@ class OrtCuda(Backend):
         options = {"user_compute_stream": str(stream), "use_tf32": "0", "device_id": "0"}
         return [("CUDAExecutionProvider", options)]
 
-    def _load(self, ort: Any, graph: Path, threads: int | None, cuda: Cuda) -> Any:
+    def _load(
+        self, ort: Any, graph: Path, threads: int | None, cuda: Cuda, extra: Mapping[str, str] | None = None
+    ) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         if threads:
             options.intra_op_num_threads = threads
         try:
-            session = ort.InferenceSession(str(graph), options, providers=self._providers(cuda.stream))
+            providers = self._providers(cuda.stream)
+            providers[0][1].update(extra or {})
+            session = ort.InferenceSession(str(graph), options, providers=providers)
         except Exception as exc:  # onnxruntime raises a class of its own per status code
             raise IncompatibleError(
                 f"onnxruntime {ort.__version__} cannot load {graph.name} on {self.provider}: {_first_line(exc)}; "
@@ -90,7 +95,10 @@ class OrtCuda(Backend):
         if self._cuda is None:
             raise FamExportError(f"the backend {self.name} is closed; load the bundle again")
         engine = OrtEnqueuer(self.contract, batch, self.sessions)
-        return DeviceLoop(self.contract, batch, engine, self._cuda)
+        loop = DeviceLoop(self.contract, batch, engine, self._cuda)
+        if self.uncaptured_reason:
+            loop.info["uncaptured_reason"] = self.uncaptured_reason
+        return loop
 
     def close(self) -> None:
         self.sessions = {}  # before their stream

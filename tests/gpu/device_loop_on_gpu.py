@@ -26,7 +26,7 @@ from famexport.runtime.backend import Backend
 from famexport.runtime.cuda import Cuda, table_entry
 from famexport.runtime.device import DeviceLoop
 from famexport.runtime.session import Session, load
-from famexport.runtime.torch_reference import TorchCpu
+from famexport.runtime.torch_reference import load_model
 
 BLOCKS = 1000
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 0.5}
@@ -75,18 +75,7 @@ class TorchCuda(Backend):
     def __init__(self, bundle: Any, capture: bool) -> None:
         super().__init__(bundle.contract, bundle.manifest.precision)
         weights = bundle.file(bundle.manifest.weights)
-        reference = TorchCpu(bundle.contract, self.precision, FamConfig.from_dict(bundle.manifest.config), weights)
-        self.model = reference.model
-        for name, _ in list(self.model.named_parameters(remove_duplicate=False)):
-            owner, _, leaf = name.rpartition(".")
-            part = self.model.get_submodule(owner)
-            old = getattr(part, leaf)
-            if not old.is_meta:
-                setattr(part, leaf, torch.nn.Parameter(old.data.cuda(), requires_grad=False))
-        for part in self.model.modules():  # tables and F_0 are plain attributes or buffers
-            for key, value in [*vars(part).items(), *part._buffers.items()]:
-                if isinstance(value, torch.Tensor) and not value.is_meta:
-                    setattr(part, key, value.cuda())
+        self.model = load_model(bundle.contract, FamConfig.from_dict(bundle.manifest.config), weights, "cuda")
         self.capture, self.cuda = capture, Cuda()
 
     def _open(self, batch: int) -> DeviceLoop:
@@ -95,10 +84,10 @@ class TorchCuda(Backend):
 
 
 def ort_cuda(bundle: Any, capture: bool) -> Backend:
-    from famexport.runtime.ort_cuda import OrtCuda
+    from famexport.runtime.ort_ring import OrtCudaRing, ring_files
 
-    graphs = {name: bundle.file(files.file) for name, files in bundle.manifest.graphs.items()}
-    return OrtCuda(bundle.contract, bundle.manifest.precision, graphs)  # captures in neither case, and says so
+    weights, precision = bundle.file(bundle.manifest.weights), bundle.manifest.precision
+    return OrtCudaRing(bundle.contract, precision, ring_files(bundle), weights, capture=capture)
 
 
 def equal(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
@@ -144,7 +133,7 @@ def loop(path: Path, make: Callable[[Any, bool], Backend]) -> dict[str, Any]:
     found["warm_up_restores"] = same
     found["max_error_256"] = max(float(np.abs(x - y).max()) for x, y in zip(a, wanted, strict=False))
     memory = found["captured_memory_change_bytes"] == found["uncaptured_memory_change_bytes"] == 0
-    captured = found["captured_info"]["captured"] is (make is TorchCuda)
+    captured = found["captured_info"]["captured"] and not found["uncaptured_info"]["captured"]
     good = found["bit_equal"] and same and memory and captured
     return {**found, "ok": bool(good and found["max_error_256"] < TOLERANCE[found["precision"]])}
 

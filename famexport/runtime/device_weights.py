@@ -1,0 +1,59 @@
+"""A bundle's weights in device memory, once, for all graphs that take them as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from famexport.errors import BundleError
+from famexport.runtime.enqueue import CudaLayer
+from famexport.tensorfile import read_header
+
+_ALIGNMENT = 256
+
+
+def parts(name: str) -> list[str]:
+    """The tensors of the weight file that one input is: query, key and value weights lie one after the other."""
+    if ".qkv_proj." not in name:
+        return [name]
+    return [name.replace(".qkv_proj.", f".{kind}_proj.") for kind in "qkv"]
+
+
+class DeviceWeights:
+    """``address`` of each input, and ``nbytes`` of all.
+
+    Args:
+        file: a checked weight file.
+        names: the inputs.
+    Raises:
+        BundleError: the file lacks a tensor.
+        FamExportError: device memory is full.
+    """
+
+    def __init__(self, file: Path, names: Iterable[str], cuda: CudaLayer) -> None:
+        self._cuda, self._base, header = cuda, 0, read_header(file)
+        offsets: dict[str, int] = {}
+        self.nbytes, self.sizes = 0, {}
+        names = list(names)
+        for name in names:
+            if absent := [part for part in parts(name) if part not in header]:
+                raise BundleError(f"{file.name} lacks {', '.join(absent)}, which a graph takes")
+            self.sizes[name] = sum(header[part].nbytes for part in parts(name))
+            offsets[name], self.nbytes = self.nbytes, self.nbytes + -(-self.sizes[name] // _ALIGNMENT) * _ALIGNMENT
+        self._base = cuda.malloc(max(self.nbytes, 1))
+        self.address = {name: self._base + offset for name, offset in offsets.items()}
+        raw = np.memmap(file, np.uint8, "r")
+        for name in names:
+            at = self.address[name]
+            for part in parts(name):
+                entry = header[part]
+                cuda.copy_in(at, raw[entry.offset : entry.offset + entry.nbytes])
+                at += entry.nbytes
+        cuda.synchronize()
+
+    def close(self) -> None:
+        if self._base:
+            self._cuda.free(self._base)
+            self._base = 0

@@ -1,0 +1,154 @@
+"""ONNX Runtime's CUDA provider with the graphs made for it: one copy of the weights, a ring of states, captured steps.
+
+ONNX Runtime itself captures each turn of the ring as a CUDA graph, which it can since every node runs on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from famexport.bundle import Bundle
+from famexport.contract import StepContract
+from famexport.errors import BundleError, FamExportError, IncompatibleError
+from famexport.runtime.cuda import Cuda
+from famexport.runtime.device import DeviceLoop
+from famexport.runtime.device_weights import DeviceWeights
+from famexport.runtime.layout import START, Layout, ring_layout
+from famexport.runtime.ort import _ONNX_TYPES, _first_line
+from famexport.runtime.ort_cuda import OrtCuda
+
+_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+}
+
+
+def ring_files(bundle: Bundle) -> dict[str, Path]:
+    """The graphs made for CUDA, as ``OrtCudaRing`` takes them; none where a bundle has none."""
+    own = {name: graph.variants for name, graph in bundle.manifest.graphs.items() if "ort-cuda" in graph.variants}
+    return {
+        name + suffix: bundle.file(variants["ort-cuda" + mark])
+        for name, variants in own.items()
+        for suffix, mark in (("", ""), (START, "-start"))
+    }
+
+
+class OrtCudaRing(OrtCuda):
+    """The backend ort-cuda for bundles that have graphs of its own; arguments as for ``OrtCpu``.
+
+    Args:
+        graphs: each graph of the contract, and its ``layout.START`` one.
+        capture: let ONNX Runtime capture what it runs.
+    """
+
+    def __init__(
+        self,
+        contract: StepContract,
+        precision: str,
+        graphs: Mapping[str, Path],
+        weights: Path,
+        threads: int | None = None,
+        *,
+        capture: bool = True,
+    ) -> None:
+        self.weights: DeviceWeights | None = None
+        self._capture = capture
+        self.layout = ring_layout(contract, contract.fam_length + contract.block_size)
+        super().__init__(contract, precision, graphs, weights, threads)
+        assert self._cuda is not None
+        try:
+            self.weights = DeviceWeights(weights, self._weight_names(), self._cuda)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(
+        self, ort: Any, graph: Path, threads: int | None, cuda: Cuda, extra: Mapping[str, str] | None = None
+    ) -> Any:
+        if not self._capture or graph.stem.endswith("-start"):  # a start graph runs a few times in a stream's life
+            return super()._load(ort, graph, threads, cuda)
+        try:
+            return super()._load(ort, graph, threads, cuda, {"enable_cuda_graph": "1"})
+        except IncompatibleError as exc:
+            session = super()._load(ort, graph, threads, cuda)
+            self.uncaptured_reason = str(exc)
+            return session
+
+    def _weight_names(self) -> list[str]:
+        """Inputs that are no part of a step's own, each once, in graph order."""
+        own = {spec.name for io in self.layout.graphs.values() for spec in io.inputs}
+        own |= {name for stored in self.layout.stored.values() for name in stored.names}
+        names = [v.name for session in self.sessions.values() for v in session.get_inputs() if v.name not in own]
+        return list(dict.fromkeys(names))
+
+    def _open(self, batch: int) -> DeviceLoop:
+        if self._cuda is None or self.weights is None:
+            raise FamExportError(f"the backend {self.name} is closed; load the bundle again")
+        captured = self._capture and self.uncaptured_reason is None
+        engine = RingEnqueuer(self.sessions, self.layout, self.weights, captured)
+        loop = DeviceLoop(self.contract, batch, engine, self._cuda, layout=self.layout)
+        loop.info.update(captured=captured, uncaptured_reason=self.uncaptured_reason)
+        return loop
+
+    def close(self) -> None:
+        self.sessions = {}  # before what they point into
+        if self.weights is not None and self._cuda is not None:
+            self.weights.close()
+            self.weights = None
+        super().close()
+
+
+class RingEnqueuer:
+    """Sessions with IO bound once for each turn of the ring."""
+
+    capturable = False  # by the loop: ONNX Runtime has its own
+
+    def __init__(self, sessions: Mapping[str, Any], layout: Layout, weights: DeviceWeights, captured: bool) -> None:
+        self._sessions, self._layout, self._weights, self._captured = dict(sessions), layout, weights, captured
+        self._calls: dict[tuple[str, tuple[int, ...]], tuple[Any, Any]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._sessions)
+
+    def aliased(self, graph: str) -> Mapping[str, str]:
+        return {}
+
+    def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
+        key = graph, tuple(addresses.values())
+        if key not in self._calls:
+            self._calls[key] = self._bind(graph, addresses), self._options(graph)
+        binding, options = self._calls[key]
+        try:
+            self._sessions[graph].run_with_iobinding(binding, options)
+        except Exception as exc:  # onnxruntime raises a class of its own per status code
+            raise FamExportError(f"onnxruntime failed in {graph}: {_first_line(exc)}") from exc
+
+    def _options(self, graph: str) -> Any:
+        """Each set of addresses is a CUDA graph of its own, by number."""
+        if not self._captured or graph.endswith(START):
+            return None
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(1 + sum(name == graph for name, _ in self._calls)))
+        return options
+
+    def _bind(self, graph: str, addresses: Mapping[str, int]) -> Any:
+        session = self._sessions[graph]
+        binding, known = session.io_binding(), {**self._weights.address, **addresses}
+        for values, bind in ((session.get_inputs(), binding.bind_input), (session.get_outputs(), binding.bind_output)):
+            for value in values:
+                if value.name not in known:
+                    raise BundleError(f"{graph} has {value.name}, which is neither a step's nor a weight")
+                dtype = _TYPES[value.type]
+                bind(value.name, "cuda", 0, _ONNX_TYPES[dtype], list(value.shape), known[value.name])
+        return binding
+
+    def close(self) -> None:
+        self._calls.clear()
+        self._sessions = {}

@@ -1,0 +1,279 @@
+"""The graphs made for CUDA, on the loop that turns their ring, equal the portable graph on the host loop.
+
+Here they run in float32 on the CPU, on a CUDA layer over host memory; ``tests/gpu`` has the device itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cuda import FakeCuda, view
+
+import famexport as fx
+from famexport.checkpoint import init_checkpoint
+from famexport.config import preset
+from famexport.errors import NonFiniteError
+from famexport.runtime.backend import STORAGE, Backend, Loop
+from famexport.runtime.device import DeviceLoop
+from famexport.runtime.device_weights import DeviceWeights, parts
+from famexport.runtime.layout import START, ring_layout
+from famexport.runtime.ort_ring import _TYPES, RingEnqueuer, ring_files
+from famexport.runtime.session import Session
+
+BLOCKS = 7
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no fam": {"fam_length": 0},
+    "no memory": {"memory_segments": 0},
+    "neither": {"fam_length": 0, "memory_segments": 0},
+    "all heads": {"num_key_value_heads": 4, "memory_segments": 3},
+    "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    "qk_norm": {"qk_norm": True, "fam_query_position": "previous"},
+    "layernorm": {"norm": "layernorm", "activation": "gelu_tanh", "gated_mlp": False},
+    "tied": {"tie_word_embeddings": True, "memory_segments": 1},
+}
+
+
+class CpuRing(RingEnqueuer):
+    """The same graphs by onnxruntime's CPU sessions, on raw addresses."""
+
+    capturable = True
+    spoil = -1
+
+    def __init__(self, sessions: Mapping[str, Any], layout: Any, weights: DeviceWeights, cuda: FakeCuda) -> None:
+        super().__init__(sessions, layout, weights, False)
+        self.cuda, self.used = cuda, []
+
+    def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
+        self.cuda.submit(lambda: self.compute(graph, {**self._weights.address, **addresses}))
+
+    def compute(self, graph: str, addresses: Mapping[str, int]) -> None:
+        session = self._sessions[graph]
+        self.used.append(graph)
+        taken = {v.name: view(addresses[v.name], STORAGE[_TYPES[v.type]], v.shape) for v in session.get_inputs()}
+        for value, array in zip(session.get_outputs(), session.run(None, taken), strict=True):
+            view(addresses[value.name], array.dtype, array.shape)[...] = array
+            if self.spoil >= 0 and value.name.startswith(("present_key", "present_open_key")):
+                view(addresses[value.name], array.dtype, array.shape)[self.spoil, -1, -1] = np.inf
+
+
+class CpuRingBackend(Backend):
+    name, provider, device = "ring", "fake", "fake"
+
+    def __init__(self, session: Session) -> None:
+        import onnxruntime as ort
+
+        super().__init__(session.contract, session.backend.precision)
+        bundle, contract = session.bundle, session.contract
+        self.layout = ring_layout(contract, contract.fam_length + contract.block_size)
+        self.cuda, options = FakeCuda(), ort.SessionOptions()
+        options.log_severity_level = 3
+        self.sessions = {
+            graph: ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            for graph, file in ring_files(bundle).items()
+        }
+        stepped = {s.name for io in self.layout.graphs.values() for s in io.inputs}
+        stepped |= {name for stored in self.layout.stored.values() for name in stored.names}
+        taken = [v.name for s in self.sessions.values() for v in s.get_inputs() if v.name not in stepped]
+        self.weights = DeviceWeights(bundle.file("weights.safetensors"), dict.fromkeys(taken), self.cuda)
+
+    def _open(self, batch: int) -> Loop:
+        self.engine = CpuRing(self.sessions, self.layout, self.weights, self.cuda)
+        return DeviceLoop(self.contract, batch, self.engine, self.cuda, layout=self.layout)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(case: str, **options: Any) -> Path:
+        key = case, *sorted(options.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp("ring")
+            init_checkpoint(folder / "ckpt", preset("tiny", model_type="fam", **CASES[case]), seed=3)
+            fx.export_bundle(folder / "ckpt", folder / "bundle", parity_blocks=2, **options)
+            made[key] = folder / "bundle"
+        return made[key]
+
+    return get
+
+
+def blocks(session: Session, rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, session.contract.vocab_size, session.contract.inputs[0].sized(1))
+
+
+def close(a: np.ndarray, b: np.ndarray) -> bool:
+    return float(np.abs(a - b).max()) <= 2e-5 * max(float(np.abs(b).max()), 1.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", [{}, {"batch": 3, "logits": "last"}], ids=["one row", "three rows"])
+def test_equals_the_portable_graph(exported: Callable[..., Path], case: str, options: dict[str, Any]) -> None:
+    with fx.load(exported(case, **options), "ort-cpu") as session:
+        ring = Session(session.bundle, CpuRingBackend(session))
+        rng = np.random.default_rng(0)
+        with session.stream() as expected, ring.stream() as got:
+            for block in range(BLOCKS):
+                fed = blocks(session, rng)
+                assert close(got.step(fed), expected.step(fed))
+                ours, theirs = got.state(), expected.state()
+                assert all(close(ours[name], theirs[name]) for name in theirs)
+                if block == 3 and expected.batch > 1:  # rows out of step: one is fresh, its memory empty
+                    expected.reset(rows=[1])
+                    got.reset(rows=[1])
+            used, full = ring.backend.engine.used, max(session.contract.memory_segments, 1)
+            assert {"block_step" + START, "block_step"} == set(used)
+            if expected.batch == 1:
+                steps = used[-BLOCKS:]
+                assert steps == ["block_step" + START] * full + ["block_step"] * (BLOCKS - full)
+
+
+def test_snapshots_travel_between_layouts(exported: Callable[..., Path]) -> None:
+    with fx.load(exported("all heads", batch=3), "ort-cpu") as session:
+        ring = Session(session.bundle, CpuRingBackend(session))
+        rng = np.random.default_rng(1)
+        with session.stream() as host, ring.stream() as device, ring.stream() as other:
+            for _ in range(5):
+                host.step(blocks(session, rng))
+            state = host.state()
+            device._loop.write(state)
+            assert all(np.array_equal(device._loop.tensor(name), state[name]) for name in state)
+            for row in range(3):
+                one = {name: array[row : row + 1] for name, array in state.items()}
+                other._loop.write(one, row)
+                assert all(np.array_equal(other._loop.tensor(name, row), one[name]) for name in one)
+            fed = blocks(session, rng)
+            assert close(device.step(fed), host.step(fed))
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_row_that_is_not_finite_stays_where_it_was(exported: Callable[..., Path], bad: int) -> None:
+    """The ring turns for the others: the row that stays is moved along, slot by slot."""
+    with fx.load(exported("all heads", batch=3), "ort-cpu") as session:
+        ring = Session(session.bundle, CpuRingBackend(session))
+        rng = np.random.default_rng(2)
+        with session.stream(on_nonfinite="skip") as host, ring.stream(on_nonfinite="skip") as device:
+            for block in range(8):
+                fed = blocks(session, rng)
+                spoiled = block in (2, 5)
+                before = device.state()
+                ring.backend.engine.spoil = bad if spoiled else -1
+                device.step(fed)
+                kept = host.snapshot()
+                host.step(fed)
+                after = device.state()
+                if spoiled:
+                    assert all(np.array_equal(after[name][bad], before[name][bad]) for name in after)
+                    moved = host.state()
+                    host.restore(kept)
+                    whole = host.state()
+                    for name, array in moved.items():
+                        whole[name][[r for r in range(3) if r != bad]] = array[[r for r in range(3) if r != bad]]
+                    host._loop.write(whole)
+                theirs = host.state()
+                assert all(close(after[name], theirs[name]) for name in theirs), block
+
+
+def test_a_failed_check_keeps_the_state(exported: Callable[..., Path]) -> None:
+    with fx.load(exported("plain"), "ort-cpu") as session:
+        ring = Session(session.bundle, CpuRingBackend(session))
+        with ring.stream() as stream:
+            fed = blocks(session, np.random.default_rng(3))
+            stream.step(fed)
+            before, ring.backend.engine.spoil = stream.state(), 0
+            with pytest.raises(NonFiniteError):
+                stream.step(fed)
+            assert all(np.array_equal(stream.state()[name], before[name]) for name in before)
+
+
+def test_weights_lie_on_the_device_once(exported: Callable[..., Path]) -> None:
+    with fx.load(exported("biases"), "ort-cpu") as session:
+        backend = CpuRingBackend(session)
+        name = "model.layers.0.self_attn.qkv_proj.weight"
+        assert parts(name) == [name.replace("qkv", kind) for kind in "qkv"]
+        size = session.bundle.manifest.files["weights.safetensors"].bytes
+        assert backend.weights.nbytes < size + 256 * len(backend.weights.address)
+        assert backend.cuda.mallocs == 1
+
+
+@pytest.mark.parametrize("options", [{"batch": "dynamic"}, {"opset": 23, "batch": "dynamic"}])
+def test_what_has_no_such_graph(exported: Callable[..., Path], options: dict[str, Any]) -> None:
+    bundle = fx.load(exported("plain", **options), "ort-cpu").bundle
+    assert not [key for key in bundle.manifest.graphs["block_step"].variants if key.startswith("ort-cuda")]
+
+
+ALL = {"graphs": "all", "chunks": (1, 4)}
+OPEN_CASES = [case for case in CASES if case != "neither"]
+
+
+@pytest.mark.parametrize("case", OPEN_CASES)
+@pytest.mark.parametrize("options", [ALL, {**ALL, "batch": 2, "logits": "last"}], ids=["one row", "two rows"])
+def test_open_blocks_equal_the_portable_graphs(
+    exported: Callable[..., Path], case: str, options: dict[str, Any]
+) -> None:
+    """Pieces of any length, whole blocks and generated tokens between."""
+    with fx.load(exported(case, **options), "ort-cpu") as session:
+        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(4)
+        with session.stream() as host, ring.stream() as device:
+            for length in (3, 8, 5, 1, 7, 16, 2, 2, 4, 11, 1, 1):
+                fed = rng.integers(0, session.contract.vocab_size, (host.batch, length))
+                ours, theirs = list(device.feed([fed])), list(host.feed([fed]))
+                assert len(ours) == len(theirs)
+                assert all(close(a, b) for a, b in zip(ours, theirs, strict=True))
+                state = host.state()
+                assert all(close(array, state[name]) for name, array in device.state().items()), length
+            used = set(ring.backend.engine.used)
+            assert {"append_step", "append_step" + START, "commit_block"} <= used
+
+
+def test_rows_of_a_pool_take_turns(exported: Callable[..., Path]) -> None:
+    """Rows fill their blocks at different calls: commit_block moves some, and the ring turns under the others."""
+    with fx.load(exported("all heads", **ALL, batch=3), "ort-cpu") as session:
+        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(5)
+        with session.pool() as host, ring.pool() as device:
+            pairs = [(host.open(), device.open()) for _ in range(3)]
+            for _ in range(40):
+                row = int(rng.integers(3))
+                piece = rng.integers(0, session.contract.vocab_size, int(rng.integers(1, 7)))
+                for a, b in zip(*(list(stream.feed([piece])) for stream in pairs[row]), strict=True):
+                    assert close(b, a)
+                if rng.random() < 0.1:
+                    for stream in pairs[row]:
+                        stream.reset()
+            for a, b in pairs:
+                state = a.state()
+                assert all(close(array, state[name]) for name, array in b.state().items())
+
+
+def test_an_open_block_is_taken_back_and_restored(exported: Callable[..., Path]) -> None:
+    """A snapshot has no FAM keys of the open block's slot: they are computed again."""
+    with fx.load(exported("plain", **ALL), "ort-cpu") as session:
+        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(6)
+        with session.stream() as host, ring.stream() as device, ring.stream() as other:
+            fed = rng.integers(0, session.contract.vocab_size, (1, 29))
+            for stream in (host, device):
+                list(stream.feed([fed]))
+            other.restore(device.snapshot())
+            more = fed[:, :6]
+            wanted = np.concatenate(list(host.feed([more])), 1)
+            assert close(np.concatenate(list(device.feed([more])), 1), wanted)
+            assert close(np.concatenate(list(other.feed([more])), 1), wanted)
+            assert list(other.generate(fed[0], max_new_tokens=9)) == list(host.generate(fed[0], max_new_tokens=9))
+
+
+def test_a_chunk_that_is_not_finite_leaves_no_trace(exported: Callable[..., Path]) -> None:
+    with fx.load(exported("plain", **ALL), "ort-cpu") as session:
+        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(7)
+        with session.stream() as host, ring.stream() as device:
+            fed = rng.integers(0, session.contract.vocab_size, (1, 27))
+            for stream in (host, device):
+                list(stream.feed([fed]))
+            ring.backend.engine.spoil = 0
+            with pytest.raises(NonFiniteError):
+                list(device.feed([fed[:, :2]]))
+            ring.backend.engine.spoil = -1
+            assert close(next(device.feed([fed[:, :2]])), next(host.feed([fed[:, :2]])))
