@@ -50,6 +50,8 @@ def _bundle(path: Path) -> dict[str, Any]:
     runnable = {"ort-cpu": find_spec("onnxruntime") is not None}
     runnable["torch"] = m.config is not None and find_spec("torch") is not None
     parity = m.parity
+    cut = parity.get("cut", {})  # where not all layers were compared over many blocks
+    append = parity.get("append") or cut.get("append") or {}
     return {
         "kind": "bundle",
         "id": bundle.id,
@@ -78,7 +80,10 @@ def _bundle(path: Path) -> dict[str, Any]:
             "blocks": parity.get("blocks"),
             "logits_error": max(parity.get("logits_error") or [0.0]),
             "state_error": max(parity.get("state_error") or [0.0]),
-            "append_error": max(parity.get("append", {}).get("logits_error") or [0.0]) if contract.chunks else None,
+            "append_error": max(append.get("logits_error") or [0.0]) if contract.chunks else None,
+            "cut_layers": cut.get("layers"),
+            "cut_blocks": cut.get("blocks"),
+            "cut_error": max([*cut.get("logits_error", ()), *cut.get("state_error", ())], default=None),
             "tolerance": parity.get("tolerance"),
             "argmax_agreement": parity.get("argmax_agreement"),
             "fam_growth": parity.get("fam_growth"),

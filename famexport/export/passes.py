@@ -16,6 +16,7 @@ from famexport.tensorfile import TensorEntry
 
 CONTROL_FLOW = ("If", "Loop", "Scan")
 _FOLD_LIMIT = 2**16  # bytes of input that constant folding may read: masks and indices, never weights
+_MERGE_LIMIT = 2**10  # elements
 # Operators that only move data run on bfloat16 everywhere; they need no emulation.
 _MOVES = {"Gather", "Concat", "Transpose", "Slice", "Reshape", "Split", "Identity", "Unsqueeze", "Squeeze", "Expand"}
 _MOVES |= {"Shape"}  # with a dynamic batch; it reads no data at all
@@ -43,6 +44,7 @@ def clean(model: ir.Model) -> None:
         optimizer.fold_constants(model, onnx_shape_inference=False, input_size_limit=_FOLD_LIMIT)
     finally:
         logging.getLogger("onnxscript").setLevel(level)
+    _merge_constants(graph)  # else what reads them would not be equal
     for one in (
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
@@ -69,6 +71,19 @@ def clean(model: ir.Model) -> None:
         raise FamExportError(f"the step traced into control flow ({', '.join(found)}); express it with tensors only")
 
 
+def _merge_constants(graph: ir.Graph) -> None:
+    """Leave one of several small initialisers with the same content."""
+    kept: dict[tuple[Any, ...], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        data = value.const_value
+        if data is None or data.size > _MERGE_LIMIT or value.is_graph_output():
+            continue
+        other = kept.setdefault((data.dtype, tuple(data.shape), data.tobytes()), value)
+        if other is not value:
+            value.replace_all_uses_with(other)
+            del graph.initializers[name]
+
+
 def bind_weights(model: ir.Model, entries: Mapping[str, TensorEntry], location: str) -> None:
     """Point each weight's initialiser at its bytes in the external file ``location``.
 
@@ -78,6 +93,7 @@ def bind_weights(model: ir.Model, entries: Mapping[str, TensorEntry], location: 
     for name, entry in entries.items():
         if name in initializers:
             dtype = ir.DataType[{"float32": "FLOAT"}.get(entry.dtype, entry.dtype.upper())]
+            initializers[name].shape = ir.Shape(entry.shape)  # a cut model takes rows of the whole one's F_0
             initializers[name].const_value = ir.ExternalTensor(
                 location, entry.offset, entry.nbytes, dtype, shape=ir.Shape(entry.shape), name=name
             )
@@ -103,7 +119,12 @@ def attach_contract(model: ir.Model, contract: StepContract, name: str, facts: M
             if shape != spec.shape or dtype != spec.dtype:
                 problems.append(f"{value.name} is {dtype} {list(shape)}, expected {spec.dtype} {list(spec.shape)}")
     raise_problems(ContractError, "the step does not keep its contract", problems)
-    graph.name = name
+    describe(model, contract, name, facts)
+
+
+def describe(model: ir.Model, contract: StepContract, name: str, facts: Mapping[str, str]) -> None:
+    """Write into the file's metadata which graph of which contract it is, and ``facts``."""
+    model.graph.name = name
     model.producer_name, model.producer_version = "famexport", None
     model.metadata_props.clear()
     model.metadata_props.update({METADATA_KEY: contract.to_json(), GRAPH_KEY: name, **facts})

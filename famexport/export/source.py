@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ class Source:
         load: a weight's bytes, in that dtype.
         constants: small tensors whose values are known now, by the name they have in the module.
         reference: builds the float32 step that the export is compared with.
+        layers: of a checkpoint; 0 for a module, whose layers are its own affair.
+        cut: the same model with so many of its first layers only; None where that cannot be had.
     """
 
     module: nn.Module
@@ -50,6 +52,8 @@ class Source:
     fam_trained: bool | None = None
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
     cost: dict[str, int] = field(default_factory=dict)
+    layers: int = 0
+    cut: Callable[[int], Source] | None = None
 
 
 def checkpoint_source(
@@ -88,6 +92,10 @@ def checkpoint_source(
             return tensor_bytes(reference_model().get_buffer(FAM_INIT))
         return tensor_bytes(_cast(name, checkpoint.tensor(name), dtype))
 
+    def cut(layers: int) -> Source:
+        first = replace(checkpoint, config=replace(config, num_hidden_layers=layers))
+        return checkpoint_source(first, precision, batch, inputs=inputs, logits=logits, chunks=chunks)
+
     table = Rope(config).named_buffers()
     return Source(
         module=module,
@@ -106,6 +114,8 @@ def checkpoint_source(
         fam_trained=checkpoint.fam_trained if config.fam_length else None,
         tokenizer=checkpoint.tokenizer_files(),
         cost=_cost(config, ITEM_BYTES[PRECISION_DTYPE[precision]], logits),
+        layers=config.num_hidden_layers,
+        cut=cut,
     )
 
 
@@ -225,10 +235,15 @@ def _drop(module: nn.Module, names: list[str]) -> None:
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and not torch.isfinite(cast).all():
-        raise NumericError(
-            f"{name} does not fit float16 (largest magnitude {tensor.abs().max():.3g}); use bf16 or fp32"
-        )
-    if not torch.isfinite(cast).all():
+    if not _finite(cast):
+        if dtype == torch.float16 and tensor.dtype != dtype and _finite(tensor):
+            raise NumericError(
+                f"{name} does not fit float16 (largest magnitude {tensor.abs().max():.3g}); use bf16 or fp32"
+            )
         raise NumericError(f"{name} holds NaN or infinity; the checkpoint is damaged or diverged in training")
     return cast
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite, in one pass: ``isfinite`` would make several copies of it."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())  # NaN is both

@@ -170,8 +170,10 @@ def test_graphs_manifest_and_contract_agree(made: Made, name: str) -> None:
     assert contract.graph("append_step").chunk == narrow
     for graph, files in manifest.graphs.items():
         assert files.file == f"{graph}.onnx"
-        assert set(files.variants) == ({"ort-cpu"} if export.precision == "bf16" else set())
-        for path in (export.bundle.path / n for n in (files.file, *files.variants.values())):
+        on_cpu = {"ort-cpu"} if export.precision == "bf16" else set()
+        on_cuda = {"ort-cuda", "ort-cuda-start"} if contract.batch != "dynamic" else set()
+        assert set(files.variants) == on_cpu | on_cuda
+        for path in (export.bundle.path / n for n in (files.file, *(files.variants[key] for key in on_cpu))):
             onnx.checker.check_model(path, full_check=True)
             model = onnx.load(path, load_external_data=False)
             metadata = {entry.key: entry.value for entry in model.metadata_props}
