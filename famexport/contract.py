@@ -33,7 +33,8 @@ GRAPH_KEY = "famexport.graph"  # and which of its graphs the file is
 PAST, PRESENT = "past_", "present_"
 DYNAMIC = "batch"  # the symbolic batch dimension
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
-PRECISION_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISION_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32", "int4": "float32"}
+QUANTIZED = ("int8", "int4")  # of these, products alone: all that a contract names is float32
 GRAPHS = ("block_step", "append_step", "commit_block")
 CHUNK_LENGTH, OPEN_LENGTH = "chunk_length", "past_open_length"
 
@@ -309,7 +310,7 @@ def contract_for(
     """The contract of a FAM model (fam-spec: "State, per stream row").
 
     Args:
-        precision: ``fp32``, ``fp16`` or ``bf16``: dtype of keys and values. FAM has ``config.fam_state_dtype``.
+        precision: a key of ``PRECISION_DTYPE``: dtype of keys and values. FAM has ``config.fam_state_dtype``.
         inputs: ``tokens`` or ``inputs_embeds``.
         chunks: widths of ``append_step``; none leaves it and ``commit_block`` out.
     """

@@ -40,7 +40,7 @@ _BUILD: dict[str, tuple[type, ...]] = {
     "attention": (str,),
 }
 _CHOICES = {
-    "precision": ("fp32", "fp16", "bf16"),
+    "precision": ("fp32", "fp16", "bf16", "int8", "int4"),
     "logits": ("all", "last"),
     "inputs": ("tokens", "inputs_embeds"),
     "graphs": ("block", "all"),

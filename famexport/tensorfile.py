@@ -25,6 +25,8 @@ from famexport.errors import InvalidInputError
 MAX_HEADER_BYTES = 16 * 2**20
 ALIGNMENT = 64  # of the data section, in bytes
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
+_CODES |= {"int8": "I8", "uint8": "U8"}  # of quantised weights; no tensor of a contract has them
+_ITEM_BYTES = {**ITEM_BYTES, "int8": 1, "uint8": 1}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
@@ -45,7 +47,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
+        return prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 def write_tensors(
@@ -67,7 +69,7 @@ def write_tensors(
     Returns:
         The entries with their offsets.
     """
-    ordered = sorted(tensors, key=lambda t: (-ITEM_BYTES[t.dtype], t.name))
+    ordered = sorted(tensors, key=lambda t: (-_ITEM_BYTES[t.dtype], t.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for t in ordered:

@@ -99,7 +99,9 @@ def export(
     checkpoint: opt.Checkpoint,
     output: Target,
     recipe: opt.Recipe = None,
-    precision: Annotated[opt.Precision, typer.Option(help="Dtype of weights and products.")] = opt.Precision.fp32,
+    precision: Annotated[
+        opt.Precision, typer.Option(help="Dtype of weights and products; int8 and int4 are for CPUs.")
+    ] = opt.Precision.fp32,
     opset: Annotated[int, typer.Option(help="20: primitives, runs everywhere; 23: native attention.")] = 20,
     batch: Annotated[str, typer.Option(help="Rows of the batch, or 'dynamic'.")] = "1",
     logits: Annotated[opt.Logits, typer.Option(help="Logits of all rows of a block, or of the last.")] = opt.Logits.all,
@@ -116,6 +118,13 @@ def export(
     ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative error.", min=0.0, show_default="by precision")
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(help="Of int8 and int4: nats per token on text.", min=0.0, show_default="0.05 and 0.1"),
+    ] = None,
+    quality_text: Annotated[
+        Path | None, typer.Option(help="That text: a file.", show_default="Python's documentation")
     ] = None,
     quiet: opt.Quiet = False,
     json: opt.Json = False,
@@ -149,22 +158,45 @@ def export(
             **given,
             parity_blocks=parity_blocks,
             tolerance=tolerance,
+            max_loss_increase=max_loss_increase,
+            quality_text=quality_text,
             progress=report,
         )
     parity, manifest = bundle.manifest.parity, bundle.manifest
-    worst = max(e for p in (parity, parity.get("append", {})) for k in _CURVES for e in p.get(k, ()))
+    cut = parity.get("cut", {})
+    parts = parity, parity.get("append", {}), cut, cut.get("append", {})
+    worst = max(e for part in parts for k in _CURVES for e in part.get(k, ()))
     if json:
         files = {name: entry.bytes for name, entry in manifest.files.items()}
         print_json({"bundle": str(output), "id": bundle.id, "files": files, "worst_error": worst, "parity": parity})
     elif not quiet:
         total = sum(entry.bytes for entry in manifest.files.values())
         out.print(
-            f"{output}: {manifest.precision}, opset {manifest.opset}, {size(total)}; parity over {parity['blocks']} "
-            f"blocks: worst relative error {worst:.2g} (allowed {parity['tolerance']:.2g}), "
+            f"{output}: {manifest.precision}, opset {manifest.opset}, {size(total)}; parity over {_compared(parity)}: "
+            f"worst relative error {worst:.2g} (allowed {parity['tolerance']:.2g}), "
             f"argmax agreement {parity['argmax_agreement']:.2%}",
             markup=False,
         )
+        if quality := parity.get("quality"):
+            out.print(_quality_line(quality), markup=False)
     from famexport.export.parity import growth_note
 
     if note := growth_note(parity):
         err.print(f"note: {note}", markup=False)
+
+
+def _quality_line(quality: dict[str, Any]) -> str:
+    if reason := quality.get("unmeasured"):
+        return f"quality not measured on text: {reason}; the parity check above is all there is"
+    return (
+        f"quality on {quality['tokens']} tokens of {quality['text']}: loss {quality['loss']:.4f}, in float32 "
+        f"{quality['reference_loss']:.4f}: {quality['loss_increase']:+.4f} nats (allowed "
+        f"{quality['max_loss_increase']:+.4g}), argmax agreement {quality['argmax_agreement']:.2%}"
+    )
+
+
+def _compared(parity: dict[str, Any]) -> str:
+    blocks = "1 block" if parity["blocks"] == 1 else f"{parity['blocks']} blocks"
+    if cut := parity.get("cut"):
+        return f"{blocks}, and over {cut['blocks']} of the first {cut['layers']} layers alone"
+    return blocks

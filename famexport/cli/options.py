@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-BACKENDS = "auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, ort-cpu or torch."
+BACKENDS = "auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, ort-cpu, torch, torch-compile (both also :cuda)."
 Json = Annotated[bool, typer.Option("--json", help="The result on stdout as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
 Threads = Annotated[
@@ -47,6 +47,8 @@ class Precision(str, Enum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
 
 
 class Graphs(str, Enum):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from famexport.bundle import Bundle, engine_bytes, open_bundle, write_manifest
+from famexport.contract import QUANTIZED
 from famexport.engine.build_options import BuildOptions
 from famexport.engine.builder import Progress, builder_config, check_plan, interruptible, progress_monitor
 from famexport.engine.network import build_failure, check_types, mark_attention, network_types, parse_network
@@ -72,6 +73,11 @@ def build_engines(
     goal = find_target(target)
     kind = _choose(goal, engine)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    if opened.manifest.precision in QUANTIZED:
+        raise IncompatibleError(
+            f"an {opened.manifest.precision} bundle has graphs for ONNX Runtime on CPUs, no engine can be built of it; "
+            "export with --precision fp16 or bf16"
+        )
     wanted = options or BuildOptions()
     if opened.contract.batch == "dynamic" and wanted.batch_profile is None:
         wanted = replace(wanted, batch_profile=_DYNAMIC_PROFILE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,24 @@ from torch import nn
 
 from famexport.bundle import Bundle, describe_files, is_bundle, open_bundle, write_manifest
 from famexport.checkpoint import Checkpoint, open_checkpoint
-from famexport.contract import PRECISION_DTYPE
+from famexport.config import FamConfig
+from famexport.contract import PRECISION_DTYPE, QUANTIZED
 from famexport.errors import FamExportError, UsageError
 from famexport.export import passes
-from famexport.export.parity import TOLERANCES, Parity, append_blocks, check_parity, default_blocks
+from famexport.export.cuda_steps import cuda_graphs
+from famexport.export.cut import compare, is_cut
+from famexport.export.quality import measure_quality, quality_options
+from famexport.export.quantize import quantize
 from famexport.export.source import Source, checkpoint_source, module_source
+from famexport.export.stamp import TRACED_LAYERS, stamp
 from famexport.export.trace import IR_VERSIONS, trace_step
 from famexport.manifest import GraphFiles, Manifest
 from famexport.publish import staged_directory
-from famexport.runtime.chunks import advance_by_chunks
-from famexport.runtime.golden import Golden
-from famexport.runtime.ort import OrtCpu, import_onnxruntime
+from famexport.runtime.ort import import_onnxruntime
 from famexport.tensorfile import TensorEntry, write_tensors
 
 WEIGHTS, GOLDEN, TOKENIZER = "weights.safetensors", "golden.safetensors", "tokenizer.json"
 DEFAULT_OPSET = 20
-_DYNAMIC_PARITY_BATCH = 2
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 Progress = Callable[[str, int, int], None]  # stage, done, in all
@@ -49,6 +50,8 @@ def export_bundle(
     chunks: Sequence[int] = (1,),
     parity_blocks: int | None = None,
     tolerance: float | None = None,
+    max_loss_increase: float | None = None,
+    quality_text: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -56,15 +59,19 @@ def export_bundle(
 
     Args:
         source: a checkpoint, or a module with ``step`` and ``contract``, exported as it is.
-        precision: ``fp32``, ``fp16`` or ``bf16``: a property of the graph.
+        precision: ``fp32``, ``fp16`` or ``bf16``: a property of the graph; ``int8`` or ``int4``: float32 with quantised
+            products, for ONNX Runtime on CPUs.
         opset: 20 gives primitives that every runtime has; 23 gives native Attention and RMSNormalization.
         batch: rows, or ``"dynamic"``.
         inputs: ``tokens`` or ``inputs_embeds``.
         logits: ``all`` rows of the block or the ``last``.
         graphs: ``block`` gives block_step; ``all`` gives append_step and commit_block too, over the same weight file.
         chunks: widths of append_step, one graph each: positions that it takes at once.
-        parity_blocks: blocks to compare; by default 256, fewer for models that take long.
+        parity_blocks: blocks to compare; by default 256, fewer for models that take long. Where not even 2 are cheap, 1
+            block is compared through all layers and more through the first ones alone: ``parity["cut"]``.
         tolerance: largest relative error allowed; by default that of the precision.
+        max_loss_increase: of int8 and int4, nats per token on text; by default that of the precision.
+        quality_text: a file with that text; by default Python's own documentation.
         seed: of the parity check's random input.
         progress: called with (stage, done, in all).
     Returns:
@@ -72,22 +79,34 @@ def export_bundle(
     Raises:
         UsageError: options that do not go together.
         ParityError: the export differs; nothing is published.
+        NumericError: quantising costs more loss than allowed; nothing is published.
         CheckpointError, ConfigError, ContractError: bad input.
     """
     chunks = _check_options(precision, batch, inputs, logits, graphs, chunks)
     _check_parity_options(parity_blocks, tolerance, seed)
+    limit, text = quality_options(precision, opset, DEFAULT_OPSET, max_loss_increase, quality_text)
     report: Progress = progress or (lambda stage, done, total: None)
     import_onnxruntime()  # the parity check needs it: better missed now than after the tracing
     what = _source(source, precision, batch, inputs, logits, chunks)
     if isinstance(source, nn.Module) and (precision, batch, inputs, logits, chunks) != ("fp32", 1, "tokens", "all", ()):
         raise UsageError("a module is exported as its own contract says; precision, batch, inputs and logits go there")
+    _return_large_buffers()
     with staged_directory(Path(out), is_bundle, "bundle") as temp:
-        models = _trace(what, opset, report)
+        models, cuts = _trace(what, opset, report)
+        if precision in QUANTIZED:
+            what = quantize(what, [*models.values(), *cuts.values()], precision)
         files = _write_graphs(temp, models, what, precision, report)
-        parity, golden = _compare(temp, files, what, precision, parity_blocks, tolerance, seed, report)
+        weights = temp / WEIGHTS if (temp / WEIGHTS).exists() else None
+        on_cpu = {name: temp / file.variants.get("ort-cpu", file.file) for name, file in files.items()}
+        parity, golden = compare(what, on_cpu, cuts, weights, precision, parity_blocks, tolerance, seed, report)
         (temp / GOLDEN).write_bytes(golden.to_bytes())
         for name, content in what.tokenizer.items():
             (temp / name).write_bytes(content)
+        if precision in QUANTIZED:
+            graph = temp / files["block_step"].file
+            parity["quality"] = measure_quality(
+                what, precision, graph, temp / WEIGHTS, temp / TOKENIZER, limit, text, report
+            )
         manifest = Manifest(
             contract=what.contract,
             config=what.config,
@@ -96,7 +115,7 @@ def export_bundle(
             opset=opset,
             ir_version=IR_VERSIONS[opset],
             graphs=files,
-            weights=WEIGHTS if (temp / WEIGHTS).exists() else None,
+            weights=WEIGHTS if weights else None,
             tokenizer=TOKENIZER if what.tokenizer else None,
             golden=GOLDEN,
             files=describe_files(temp),
@@ -154,20 +173,32 @@ def _source(
     return checkpoint_source(checkpoint, precision, batch, inputs=inputs, logits=logits, chunks=chunks)
 
 
-def _trace(what: Source, opset: int, report: Progress) -> dict[str, ir.Model]:
-    """Each graph of the contract, clean, its weights without data."""
-    names, models = what.contract.graph_names, {}
+def _trace(what: Source, opset: int, report: Progress) -> tuple[dict[str, ir.Model], dict[str, ir.Model]]:
+    """Each graph of the contract, clean, its weights without data; and that of a model's first layers, where it was
+    stamped from them."""
+    names, models, cuts = what.contract.graph_names, {}, dict[str, ir.Model]()
     report("trace", 0, len(names))
     for done, name in enumerate(names, 1):
-        io = what.contract.graph(name)
-        models[name] = trace_step(what.module, what.steps["append_step" if io.chunk else name], io, opset, what.device)
-        for value in models[name].graph.initializers.values():
-            if value.name in what.weights:
-                value.const_value = None  # nothing may read or fold a weight
-        passes.fill_constants(models[name], what.constants)
-        passes.clean(models[name])
+        models[name] = _graph(what, name, opset, cuts)
         report("trace", done, len(names))
-    return models
+    return models, cuts
+
+
+def _graph(what: Source, name: str, opset: int, cuts: dict[str, ir.Model]) -> ir.Model:
+    """One graph, clean. A checkpoint's layers are alike, so two of them are traced and the rest is stamped."""
+    if what.cut and is_cut(what):
+        model = _graph(what.cut(TRACED_LAYERS), name, opset, {})
+        cuts[name] = model.clone()
+        if stamp(model, what.contract.graph(name), what.layers):
+            return model
+    io = what.contract.graph(name)
+    model = trace_step(what.module, what.steps["append_step" if io.chunk else name], io, opset, what.device)
+    for value in model.graph.initializers.values():
+        if value.name in what.weights:
+            value.const_value = None  # nothing may read or fold a weight
+    passes.fill_constants(model, what.constants)
+    passes.clean(model)
+    return model
 
 
 def _write_graphs(
@@ -192,51 +223,14 @@ def _write_graphs(
         if precision == "bf16":
             passes.emulate_bfloat16(model)
             (temp / files[name].variants["ort-cpu"]).write_bytes(passes.serialize(model))
+    if what.config is not None and precision not in QUANTIZED:
+        own = cuda_graphs(FamConfig.from_dict(what.config), what.contract, precision, set(placed))
+        for name, variants in own.items():
+            for key, model in variants.items():
+                files[name].variants[key] = f"{name}.{key}.onnx"
+                passes.describe(model, what.contract, name, {"famexport.precision": precision})
+                (temp / f"{name}.{key}.onnx").write_bytes(passes.serialize(model))
     return files
-
-
-def _compare(
-    temp: Path,
-    files: Mapping[str, GraphFiles],
-    what: Source,
-    precision: str,
-    blocks: int | None,
-    tolerance: float | None,
-    seed: int,
-    report: Progress,
-) -> tuple[dict[str, Any], Golden]:
-    """Compare block_step, and where they are there append_step and commit_block, with the reference's block step."""
-    _return_large_buffers()
-    contract, reference = what.contract, what.reference()
-    graphs = {name: temp / graph.variants.get("ort-cpu", graph.file) for name, graph in files.items()}
-    weights = temp / WEIGHTS if (temp / WEIGHTS).exists() else None
-
-    def compare(stage: str, blocks: int, by_chunks: bool) -> tuple[Parity, Golden]:
-        backend = OrtCpu(contract, precision, graphs, weights)
-        loop = backend.open(_DYNAMIC_PARITY_BATCH if contract.batch == "dynamic" else None)
-
-        def release() -> None:
-            loop.close()
-            backend.close()
-
-        return check_parity(
-            loop,
-            reference,
-            blocks=blocks,
-            tolerance=TOLERANCES[precision] if tolerance is None else tolerance,
-            seed=seed,
-            release=release,
-            folder=temp,
-            advance=partial(advance_by_chunks, loop) if by_chunks else None,
-            progress=lambda done, total: report(stage, done, total),
-        )
-
-    parity, golden = compare("parity", blocks or default_blocks(what.cost.get("flops_per_block"), contract), False)
-    found = parity.to_dict()
-    if contract.chunks:
-        wanted = min(parity.blocks, append_blocks(what.cost.get("weight_bytes_read"), contract))
-        found["append"] = compare("append", wanted, True)[0].to_dict()
-    return found, golden
 
 
 def _return_large_buffers() -> None:
