@@ -108,6 +108,27 @@ class Loop(ABC):
     def truncate(self, rows: Iterable[int], length: int) -> None:
         """Take the open block of some rows back to its first ``length`` positions, as if no more had been appended."""
 
+    _device_ms: float | None = None
+    device_total_ms = 0.0  # of all timed calls: a step of a stream can be several
+
+    @property
+    def device_ms(self) -> float | None:
+        """What the last call took on a GPU, by events; None unless it is timed."""
+        return self._device_ms
+
+    @device_ms.setter
+    def device_ms(self, taken: float) -> None:
+        self._device_ms = taken
+        self.device_total_ms += taken
+
+    def time_device(self) -> None:  # noqa: B027 - optional for subclasses
+        """From now on set ``device_ms`` with each call, where the steps run on a GPU."""
+
+    def back_to_back(self, fed: np.ndarray, blocks: int) -> float | None:
+        """Seconds for ``blocks`` times ``block_step`` on the same input, each committed, with no wait but for the last:
+        throughput, where ``advance`` has latency. None where the backend waits in each call anyway."""
+        return None
+
     def close(self) -> None:  # noqa: B027 - optional for subclasses
         """Give back what the loop holds."""
 

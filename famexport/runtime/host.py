@@ -10,6 +10,7 @@ import numpy as np
 from famexport.contract import ITEM_BYTES, OPEN_LENGTH, StepContract, TensorSpec
 from famexport.runtime.backend import STORAGE, Arrays, Loop
 
+_FLOAT32 = np.dtype(np.float32)
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
@@ -60,8 +61,15 @@ class HostLoop(Loop):
 
     def _state_is_finite(self) -> bool:
         """Of all that the last call computed, in one pass each."""
-        moved = not self._moved or all(map(is_finite, self._flats[1 - self.current]))
-        return moved and (not self._open_moved or all(map(is_finite, self._open_flats[1 - self.open_current])))
+        if self._moved:
+            for flat in self._flats[1 - self.current]:
+                if not is_finite(flat):
+                    return False
+        if self._open_moved:
+            for flat in self._open_flats[1 - self.open_current]:
+                if not is_finite(flat):
+                    return False
+        return True
 
     def _home(self, name: str) -> np.ndarray:
         buffers = self.buffers[self.current]
@@ -111,6 +119,10 @@ def allocate(specs: Sequence[TensorSpec], batch: int) -> tuple[Arrays, list[np.n
 
 def is_finite(array: np.ndarray) -> bool:
     """Whether ``array``, in a storage dtype, is free of NaN and infinity; nothing is allocated."""
+    # A sum of squares is finite only where every term is, and takes a third of the time of two comparisons; one beyond
+    # 1e38 says nothing. vdot warns of neither, as dot would.
+    if array.dtype is _FLOAT32 and array.flags.c_contiguous and isfinite(np.vdot(array, array)):
+        return True
     if not array.size or array.dtype.kind in "ib":
         return True
     if array.dtype == np.float32:

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from famexport.contract import StepContract
-from famexport.errors import ContractError
-from famexport.runtime.backend import STORAGE
+from famexport.errors import ContractError, raise_problems
+from famexport.runtime.backend import STORAGE, check_array
 
 _NOTHING = np.zeros((1, 0), np.int64)
 
@@ -27,12 +27,25 @@ class Pieces:
     def __init__(self, contract: StepContract, batch: int) -> None:
         self._spec, self._vocab, self.batch = contract.inputs[0], contract.vocab_size, batch
         self._block = (batch, *self._spec.sized(batch)[1:])  # a row of a pool has a batch of its own
+        self._dtype = np.dtype(STORAGE[self._spec.dtype])
 
     def array(self, value: object) -> np.ndarray:
         try:
             return np.asarray(value)
         except (TypeError, ValueError) as exc:
             raise ContractError(f"{self._spec.name} is {type(value).__name__} that is no array: {exc}") from exc
+
+    def whole(self, value: object) -> np.ndarray:
+        """``value`` as a block: what ``feed`` would not have to cut.
+
+        Raises:
+            ContractError: wrong type, dtype, shape, layout or token id.
+        """
+        rows = self.array(value)
+        if rows.dtype is not self._dtype or rows.shape != self._block or not rows.flags.c_contiguous:
+            raise_problems(ContractError, "step", check_array(rows, self._spec, self.batch))
+        self.check_ids(rows)
+        return rows
 
     def check(self, piece: object) -> np.ndarray:
         """``piece`` as [b, n] or [b, n, D].
@@ -56,7 +69,8 @@ class Pieces:
 
     def check_ids(self, ids: np.ndarray) -> None:
         if self._spec.dtype == "int64" and ids.size:
-            low, high = int(ids.min()), int(ids.max())
+            # Not min and max: right after an engine's call their machinery costs 8 us, that of argmin and argmax 1 us
+            low, high = ids.item(ids.argmin()), ids.item(ids.argmax())
             if low < 0 or high >= self._vocab:
                 bad = low if low < 0 else high
                 raise ContractError(f"token id {bad} is not in the vocabulary; expected 0 to {self._vocab - 1}")

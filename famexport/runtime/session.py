@@ -11,7 +11,7 @@ from typing import Any
 
 from famexport.bundle import Bundle, open_bundle
 from famexport.config import FamConfig
-from famexport.contract import StepContract
+from famexport.contract import QUANTIZED, StepContract
 from famexport.errors import IncompatibleError, UntrustedError, UsageError
 from famexport.runtime.backend import Backend, Loop
 from famexport.runtime.open_block import AppendStream, PaddedStream
@@ -19,7 +19,7 @@ from famexport.runtime.pool import Pool
 from famexport.runtime.snapshot import Origin, engine_name
 from famexport.runtime.stream import Stream
 
-BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-tensorrt", "ort-cpu", "torch")
+BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-tensorrt", "ort-cpu", "torch", "torch-compile")
 # In the order in which "auto" tries them. ort-tensorrt builds engines at every load, torch is the reference.
 AUTO = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu")
 
@@ -107,7 +107,8 @@ def load(
     Args:
         bundle: its directory, or one already opened.
         backend: ``auto``, or one of ``BACKENDS``. ``auto`` takes the first of ``AUTO`` that works here;
-            ``Session.info`` says why it was not one before.
+            ``Session.info`` says why it was not one before. The torch ones run on the CPU unless an option is given
+            behind a colon: ``torch:cuda``, ``torch-compile:cuda``, ``torch-compile:cuda,max-autotune``.
         threads: threads for one operator; None leaves the backend's own choice.
         progress: called with (bytes hashed, bytes in all).
     Raises:
@@ -116,7 +117,8 @@ def load(
         MissingDependencyError, IncompatibleError: the backend cannot run it here.
         UntrustedError: its engines were not built here, or were changed since.
     """
-    if backend not in ("auto", *BACKENDS):
+    base, colon, _ = backend.partition(":")
+    if base not in ("auto", *BACKENDS) or (colon and not base.startswith("torch")):
         raise UsageError(f"no backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, progress=progress)
     if backend != "auto":
@@ -140,6 +142,11 @@ def open_backend(bundle: Bundle, name: str, threads: int | None = None) -> Backe
     """The backend ``name`` over a checked bundle."""
     manifest = bundle.manifest
     weights = bundle.file(manifest.weights) if manifest.weights else None
+    if manifest.precision in QUANTIZED and name != "ort-cpu":
+        raise IncompatibleError(
+            f"an {manifest.precision} bundle has graphs for ONNX Runtime on CPUs, which {name} does not run; "
+            "use ort-cpu, or export with --precision fp32, fp16 or bf16"
+        )
     if name == "ort-cpu":
         from famexport.runtime.ort import OrtCpu
 
@@ -148,19 +155,37 @@ def open_backend(bundle: Bundle, name: str, threads: int | None = None) -> Backe
         }
         return OrtCpu(bundle.contract, manifest.precision, graphs, weights, threads)
     if name in ("ort-cuda", "ort-tensorrt"):
-        from famexport.runtime.ort_cuda import OrtCuda, OrtTensorrt
-
-        kind = OrtCuda if name == "ort-cuda" else OrtTensorrt
-        files = {g: bundle.file(f.variants.get(name, f.file)) for g, f in manifest.graphs.items()}
-        return kind(bundle.contract, manifest.precision, files, weights, threads)
+        return _ort_on_gpu(bundle, name, weights, threads)
     if name in ("tensorrt", "tensorrt-rtx"):
         from famexport.runtime.tensorrt import Tensorrt
 
         return Tensorrt(bundle, name)
+    from famexport.runtime.torch_reference import Torch, parse_name
+
+    base, _ = parse_name(name)
     if manifest.config is None or weights is None:
         raise IncompatibleError(
-            "the backend torch runs famexport's own model, and this bundle holds another; use ort-cpu"
+            f"the backend {base} runs famexport's own model, and this bundle holds another; use ort-cpu"
         )
-    from famexport.runtime.torch_reference import TorchCpu
+    config = FamConfig.from_dict(manifest.config)
+    return Torch(bundle.contract, manifest.precision, config, weights, threads, name)
 
-    return TorchCpu(bundle.contract, manifest.precision, FamConfig.from_dict(manifest.config), weights, threads)
+
+def _ort_on_gpu(bundle: Bundle, name: str, weights: Path | None, threads: int | None) -> Backend:
+    from famexport.runtime.ort_cuda import OrtCuda, OrtTensorrt
+    from famexport.runtime.ort_ring import OrtCudaRing, ring_files
+
+    manifest = bundle.manifest
+    args = bundle.contract, manifest.precision
+    files = {graph: bundle.file(f.file) for graph, f in manifest.graphs.items()}
+    if name == "ort-tensorrt":
+        return OrtTensorrt(*args, files, weights, threads)
+    reason, ring = None, ring_files(bundle)
+    if ring and weights is not None:
+        try:
+            return OrtCudaRing(*args, ring, weights, threads)
+        except IncompatibleError as exc:  # the portable graphs have operators that every version has
+            reason = f"the graphs made for CUDA do not load here: {exc}"
+    backend = OrtCuda(*args, files, weights, threads)
+    backend.uncaptured_reason = reason
+    return backend

@@ -16,6 +16,7 @@ from famexport.runtime.generate import Sampler, generate
 from famexport.runtime.pieces import Pieces
 from famexport.runtime.snapshot import Origin, Snapshot
 
+_FLOAT32 = np.dtype(np.float32)  # one object, unless bytes are swapped
 NONFINITE = ("raise", "skip", "reset")
 _Self = TypeVar("_Self", bound="TokenStream")
 
@@ -106,12 +107,18 @@ class Stream(TokenStream):
         self.held = 0  # positions in the open block
         self._pieces = Pieces(self.contract, self.batch)
         self._logits_spec = self.contract.outputs[0]
+        self._logits_shape = self._logits_spec.sized(self.batch)
         self._last = np.zeros((self.batch, self.contract.vocab_size), np.float32)
         self._has_last = False
 
     @property
     def closed(self) -> bool:
         return self._loop is None
+
+    @property
+    def loop(self) -> Loop:
+        """The state on its backend, for those who measure it: what they run there, the stream does not know of."""
+        return self._live()
 
     @property
     def room(self) -> int:
@@ -141,11 +148,10 @@ class Stream(TokenStream):
                 f"feed holds {self.held} of {self.contract.block_size} positions of an open block; "
                 "complete it with feed, or call reset, before step"
             )
-        inputs = self._pieces.array(inputs)
-        problems = check_array(inputs, self.contract.inputs[0], self.batch) + self._out_problems(out)
-        raise_problems(ContractError, "step", problems)
-        self._pieces.check_ids(inputs)
-        return self._whole_block(loop, inputs, self._new_logits() if out is None else out)
+        if out is not None and not self._fits(out):
+            problems = check_array(self._pieces.array(inputs), self.contract.inputs[0], self.batch)
+            raise_problems(ContractError, "step", problems + self._out_problems(out))
+        return self._whole_block(loop, self._pieces.whole(inputs), self._new_logits() if out is None else out)
 
     def feed(self, pieces: Iterable[np.ndarray], out: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """Stream pieces of any length; yields logits [b, n, V] for every position, once and in order.
@@ -300,7 +306,7 @@ class Stream(TokenStream):
     def _keep_last(self, logits: np.ndarray, bad: Sequence[int] = ()) -> None:
         """Remember the logits [b, V] of the last position; rows in ``bad`` keep theirs, or get zeros by a reset."""
         before = self._last[list(bad)] if bad else None
-        np.copyto(self._last, logits)
+        self._last[...] = logits
         if bad:
             self._last[list(bad)] = before if self.on_nonfinite == "skip" else 0
         self._has_last = True
@@ -311,7 +317,16 @@ class Stream(TokenStream):
         return self._loop
 
     def _new_logits(self) -> np.ndarray:
-        return np.empty(self._logits_spec.sized(self.batch), np.float32)
+        return np.empty(self._logits_shape, np.float32)
+
+    def _fits(self, out: object) -> bool:
+        """Whether logits can be written to ``out``: in the loop, where ``_out_problems`` takes too long to say why."""
+        return (
+            isinstance(out, np.ndarray)
+            and out.dtype is _FLOAT32
+            and out.shape == self._logits_shape
+            and out.flags.carray
+        )
 
     def _out_problems(self, out: np.ndarray | None) -> list[str]:
         if out is None:

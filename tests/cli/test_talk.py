@@ -207,7 +207,7 @@ def test_bench_token(famexport: Command, bundles: Bundles, tmp_path: Path) -> No
 def test_bench_token_refuses_a_wrong_answer(
     famexport: Command, bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from famexport.runtime.torch_reference import TorchLoop
+    from famexport.runtime.torch_loop import TorchLoop
 
     append = TorchLoop.append
 

@@ -125,7 +125,7 @@ def test_torch_wants_every_weight_and_no_other(bundles: Callable[[str], Path], t
     from safetensors.numpy import load_file, save_file
 
     from famexport.config import FamConfig
-    from famexport.runtime.torch_reference import TorchCpu
+    from famexport.runtime.torch_reference import Torch
 
     bundle = fx.open_bundle(bundles("plain"))
     weights = load_file(bundles("plain") / "weights.safetensors")
@@ -133,10 +133,10 @@ def test_torch_wants_every_weight_and_no_other(bundles: Callable[[str], Path], t
     path = tmp_path / "weights.safetensors"
     save_file({key: value for key, value in weights.items() if key != "model.norm.weight"}, path)
     with pytest.raises(BundleError, match=r"lacks model\.norm\.weight"):
-        TorchCpu(bundle.contract, "fp32", config, path)
+        Torch(bundle.contract, "fp32", config, path)
     save_file({**weights, "strange": np.zeros(3, np.float32)}, path)
     with pytest.raises(BundleError, match="holds strange, which the model does not have"):
-        TorchCpu(bundle.contract, "fp32", config, path)
+        Torch(bundle.contract, "fp32", config, path)
 
 
 def test_a_failing_step_is_a_typed_error_and_the_state_stays(sessions: Callable[..., Any]) -> None:
