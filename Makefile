@@ -19,7 +19,7 @@ lint: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,text,export,hf,rtx,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,text,export,hf,rtx,report,dev]'
 	touch $@
 
 clean:

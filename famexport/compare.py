@@ -14,8 +14,9 @@ import numpy as np
 from famexport.bundle import open_bundle
 from famexport.contract import present_name
 from famexport.errors import BundleError, MissingDependencyError, UsageError
-from famexport.runtime.backend import STORAGE, Arrays
+from famexport.runtime.backend import Arrays
 from famexport.runtime.golden import relative_error
+from famexport.runtime.inputs import random_input
 from famexport.runtime.session import Session, load
 
 DEFAULT_BLOCKS = 16
@@ -87,13 +88,8 @@ def _roll(session: Session, blocks: int, seed: int) -> list[Arrays]:
     """Logits and new state of each block."""
     rng, contract, outputs = np.random.default_rng(seed), session.contract, []
     with session.stream() as stream:
-        spec = contract.inputs[0]
         for _ in range(blocks):
-            shape = spec.sized(stream.batch)
-            if spec.dtype == "int64":
-                fed = rng.integers(0, contract.vocab_size, shape)
-            else:
-                fed = rng.standard_normal(shape).astype(STORAGE[spec.dtype])
+            fed = random_input(contract, stream.batch, contract.block_size, rng)
             given = {"logits": stream.step(fed).copy()}
             state = stream.state()
             given |= {present_name(s.name): state[s.name] for s in contract.states if s.dtype != "int64"}

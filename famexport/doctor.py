@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from famexport.errors import FamExportError, MissingDependencyError
@@ -28,6 +31,7 @@ PARTS = {
     "onnxruntime-gpu": ("gpu", "running bundles on NVIDIA GPUs (backend ort-cuda)"),
     "gguf": ("hf", "converting GGUF files"),
     "huggingface-hub": ("hf", "converting by hub id"),
+    "plotly": ("report", "bench --html"),
 }
 
 
@@ -47,7 +51,7 @@ def examine() -> dict[str, Any]:
         _ort_gpu("ort-cuda", "CUDAExecutionProvider", cuda),
         _ort_gpu("ort-tensorrt", "TensorrtExecutionProvider", cuda),
         _ort_cpu(),
-        _torch(),
+        *_torch(),
     ]
     return {"device": device_facts(), "packages": packages, "backends": backends}
 
@@ -96,12 +100,21 @@ def _ort_cpu() -> dict[str, Any]:
     return _backend("ort-cpu", True, f"onnxruntime {onnxruntime.__version__}", None)
 
 
-def _torch() -> dict[str, Any]:
+def _torch() -> list[dict[str, Any]]:
     try:
         import torch
     except (ImportError, OSError) as exc:
-        return _backend("torch", False, f"{exc}", "pip install 'famexport[export]'")
-    return _backend("torch", True, f"torch {torch.__version__}, on the CPU", None)
+        add = "pip install 'famexport[export]'"
+        return [_backend(name, False, f"{exc}", add) for name in ("torch", "torch-compile")]
+    on_gpu = torch.cuda.is_available()
+    said = f"torch {torch.__version__}, on the CPU"
+    eager = _backend("torch", True, f"{said}, and on the GPU as torch:cuda" if on_gpu else said, None)
+    places = ["on the CPU"] if shutil.which(os.environ.get("CXX") or "g++") else []  # which it compiles for with that
+    places += ["on the GPU as torch-compile:cuda"] if on_gpu and find_spec("triton") else []
+    if not places:
+        missing = f"torch {torch.__version__}, but no C++ compiler for it"
+        return [eager, _backend("torch-compile", False, missing, "sudo apt-get install g++")]
+    return [eager, _backend("torch-compile", True, f"torch {torch.__version__}, {', and '.join(places)}", None)]
 
 
 def _backend(name: str, works: bool, detail: str, add: str | None) -> dict[str, Any]:

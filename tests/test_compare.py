@@ -12,7 +12,7 @@ import pytest
 from famexport.cli import _run
 from famexport.compare import compare
 from famexport.errors import UsageError
-from famexport.runtime import torch_reference
+from famexport.runtime import torch_loop
 
 
 @pytest.mark.parametrize("name", ["plain", "all_rows", "embeds", "fp16"])
@@ -32,12 +32,12 @@ def test_a_backend_that_loses_its_feedback_is_found(
     bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Sabotage: FAM is not fed back on one of them. The first block agrees, later ones do not."""
-    keep = torch_reference.TorchLoop._keep
+    keep = torch_loop.TorchLoop._keep
 
     def forget(self: Any, new: dict[str, Any]) -> None:
         keep(self, {name: tensor * 0 if "fam" in name else tensor for name, tensor in new.items()})
 
-    monkeypatch.setattr(torch_reference.TorchLoop, "_keep", forget)
+    monkeypatch.setattr(torch_loop.TorchLoop, "_keep", forget)
     path = bundles("plain")
     found = compare(path, ("torch", "ort-cpu"), blocks=4)
     assert not found["agree"]

@@ -3,22 +3,35 @@
 Method: every backend is fed the same random prompt and then the same random tokens, one at a time, each in its turn, so
 that a change in the machine's speed meets all of them. A sample is host latency: token in to logits out, as greedy
 generation would see it without the choice of the token. A *boundary* token completes a block: it also runs
-``commit_block``, one more pass over the weights. Logits are compared at regular tokens; a wrong answer gets no number.
+``commit_block``, one more pass over the weights, and its device time is the sum of both. Logits are compared at regular
+tokens; a wrong answer gets no number. The ceilings are measured when all backends have given back their memory.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from famexport.bench.power import PowerMeter
-from famexport.bench.roofline import Ceilings, measure_ceilings
-from famexport.bench.turns import COMPARE_EVERY, ON_CPU, Turns, backend_names, full_report, opened_turns, weight_bytes
+from famexport.bench.roofline import Ceilings, measure_limits
+from famexport.bench.tegrastats import Tegrastats
+from famexport.bench.turns import (
+    COMPARE_EVERY,
+    Samples,
+    Turns,
+    backend_names,
+    full_report,
+    memory_facts,
+    opened_turns,
+    weight_bytes,
+)
 from famexport.bundle import Bundle, open_bundle
+from famexport.contract import PRECISION_DTYPE
 from famexport.errors import UsageError
 from famexport.runtime.score import percentiles
 
@@ -34,7 +47,7 @@ def bench_tokens(
     threads: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any], dict[str, dict[str, list[float]]]]:
+) -> tuple[dict[str, Any], Samples]:
     """Measure generation from ``path`` on ``backends`` in one interleaved run.
 
     Args:
@@ -42,7 +55,8 @@ def bench_tokens(
         tokens: counted tokens per backend; two blocks unless given.
         prompt: tokens of the prompt; a block and a half unless given.
     Returns:
-        the report, and the raw samples in ms by backend and kind (``first``, ``token``, ``boundary``).
+        the report, and the raw samples in ms by backend and kind: ``first``, ``token`` and ``boundary``, and on a GPU
+        ``token_device`` and ``boundary_device``.
     Raises:
         UsageError: unknown or repeated backends, too few tokens, a bundle without append_step.
         ParityError: backends disagree; nothing is reported.
@@ -56,26 +70,32 @@ def bench_tokens(
     tokens, prompt = 2 * size if tokens is None else tokens, size + size // 2 if prompt is None else prompt
     if tokens < 2 or prompt < 1:
         raise UsageError(f"bench needs at least 2 tokens after a prompt of at least 1, got {tokens} and {prompt}")
-    ceilings = measure_ceilings()
-    with opened_turns(bundle, names, threads, seed) as turns, PowerMeter() as meter:
-        samples: dict[str, dict[str, list[float]]] = {
-            n: {"first": [], "token": [], "boundary": []} for n in turns.streams
-        }
+    with ExitStack() as stack:
+        turns = stack.enter_context(opened_turns(bundle, names, threads, seed))
+        meter, stats = stack.enter_context(PowerMeter()), stack.enter_context(Tegrastats())
+        samples: Samples = {n: {"first": [], "token": [], "boundary": []} for n in turns.streams}
+        memory: dict[str, list[int]] = {n: [] for n in turns.streams}
         for i in range(PROMPTS + 1):
             for name, seconds in _prompts(turns, prompt).items():
                 if i:  # the first touches what is touched for the first time
                     samples[name]["first"].append(seconds * 1e3)
         for i in range(tokens):
             kind = "boundary" if next(iter(turns.streams.values())).room == 1 else "token"
-            for name, (seconds, _) in turns.take(
-                turns.random(1), compare=not i % COMPARE_EVERY, at=f"token {i}"
-            ).items():
-                samples[name][kind].append(seconds * 1e3)
+            taken = turns.take(turns.random(1), compare=not i % COMPARE_EVERY, at=f"token {i}")
+            for name, each in taken.items():
+                samples[name][kind].append(each.seconds * 1e3)
+                memory[name].append(each.rss_bytes)
+                if each.device_ms is not None:
+                    samples[name].setdefault(f"{kind}_device", []).append(each.device_ms)
             if progress:
                 progress(i + 1, tokens)
-        batch = turns.batch
-    results = [_result(bundle, name, samples[name], prompt, batch, ceilings) for name in samples]
-    return full_report(path, bundle, results, meter.result()), samples
+    ceilings, gpu = measure_limits(set(turns.devices.values()), PRECISION_DTYPE[bundle.manifest.precision])
+    results = [
+        _result(bundle, name, samples[name], memory[name], prompt, turns.batch, ceilings.get(turns.devices[name]))
+        for name in samples
+    ]
+    report = full_report(path, bundle, results, gpu=gpu, power=meter.result(), tegrastats=stats.result())
+    return report, samples
 
 
 def _prompts(turns: Turns, length: int) -> dict[str, float]:
@@ -91,22 +111,31 @@ def _prompts(turns: Turns, length: int) -> dict[str, float]:
 
 
 def _result(
-    bundle: Bundle, name: str, samples: dict[str, list[float]], prompt: int, batch: int, ceilings: Ceilings
+    bundle: Bundle,
+    name: str,
+    samples: dict[str, list[float]],
+    memory: Sequence[int],
+    prompt: int,
+    batch: int,
+    ceilings: Ceilings | None,
 ) -> dict[str, Any]:
     contract, flops = bundle.contract, bundle.manifest.cost.get("flops_per_block")
-    floor = ceilings.floor(weight_bytes(bundle), int(flops) * batch // contract.block_size if flops else None)
+    flops = int(flops) * batch // contract.block_size if flops else None
     steps = samples["token"] + samples["boundary"]
+    device, at_end = (percentiles(samples.get(f"{kind}_device", [])) or None for kind in ("token", "boundary"))
+    limited = percentiles(samples["token"] or steps), device if samples["token"] else at_end
     return {
         "backend": name,
         "prompt_tokens": prompt,
         "first_token_ms": percentiles(samples["first"]),
         "tokens": len(steps),
         "token_ms": percentiles(samples["token"]),
+        "device_ms": device,
         "boundary_tokens": len(samples["boundary"]),
         "boundary_ms": percentiles(samples["boundary"]),
+        "boundary_device_ms": at_end,
         "tokens_per_s": batch * 1e3 / float(np.mean(steps)),
         "state_bytes": contract.state_bytes(),
-        "roofline": {**floor, "share": floor["floor_ms"] / percentiles(samples["token"] or steps)["p50"]}
-        if name in ON_CPU
-        else None,
+        "rss_bytes": memory_facts(memory),
+        "roofline": ceilings.share(weight_bytes(bundle), flops, *limited) if ceilings else None,
     }

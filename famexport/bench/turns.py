@@ -6,23 +6,32 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from famexport.bench.power import board_facts
 from famexport.bundle import Bundle
 from famexport.errors import ParityError, UsageError
-from famexport.runtime.backend import STORAGE
 from famexport.runtime.golden import relative_error
+from famexport.runtime.inputs import random_input
 from famexport.runtime.process import device_facts, rss_bytes, versions
 from famexport.runtime.session import load
 from famexport.runtime.stream import Stream
 
 COMPARE_EVERY = 16
+_TRACE = 64  # points of the memory's course in a report
+
+Samples = dict[str, dict[str, list[float]]]  # ms, by backend and kind
 
 
-ON_CPU = ("ort-cpu", "torch")
+class Taken(NamedTuple):
+    """What one turn took: seconds on the host, resident bytes after it, and ms on the device, None where that is not
+    timed."""
+
+    seconds: float
+    rss_bytes: int
+    device_ms: float | None
 
 
 def backend_names(backends: Sequence[str]) -> list[str]:
@@ -36,39 +45,52 @@ def backend_names(backends: Sequence[str]) -> list[str]:
 class Turns:
     """One stream per backend, all fed the same input into the same kind of buffer."""
 
-    def __init__(self, bundle: Bundle, streams: dict[str, Stream], rng: np.random.Generator) -> None:
+    def __init__(
+        self, bundle: Bundle, streams: dict[str, Stream], rng: np.random.Generator, devices: dict[str, str]
+    ) -> None:
         self.contract, self.streams, self._rng = bundle.contract, streams, rng
+        self.devices = devices  # "cpu" or "cuda", by backend
         self._tolerance = float(bundle.manifest.parity.get("tolerance", 1e-3))
         self.batch = next(iter(streams.values())).batch
         self._outs = {n: np.zeros(self.contract.outputs[0].sized(self.batch), np.float32) for n in streams}
+        self._given: dict[str, np.ndarray] = {}
+        for stream in streams.values():
+            stream.loop.time_device()
 
     def random(self, positions: int) -> np.ndarray:
         """Input for all rows: tokens, or embeddings."""
-        spec = self.contract.inputs[0]
-        batch, _, *width = spec.sized(self.batch)
-        if spec.dtype == "int64":
-            return self._rng.integers(0, self.contract.vocab_size, (batch, positions), dtype=np.int64)
-        return np.asarray(self._rng.standard_normal((batch, positions, *width)), STORAGE[spec.dtype])
+        return random_input(self.contract, self.batch, positions, self._rng)
 
-    def take(self, fed: np.ndarray, *, compare: bool, at: str) -> dict[str, tuple[float, int]]:
-        """Seconds and resident bytes after, by backend.
+    def one(self, name: str, fed: np.ndarray) -> Taken:
+        """The turn of one backend. Device time is the sum over its calls: a token that completes a block is two."""
+        stream, whole = self.streams[name], fed.shape[1] == self.contract.block_size
+        loop, before = stream.loop, stream.loop.device_total_ms
+        start = time.perf_counter()
+        self._given[name] = (stream.step if whole else stream.add)(fed, self._outs[name])
+        seconds = time.perf_counter() - start
+        device_ms = None if loop.device_ms is None else loop.device_total_ms - before
+        return Taken(seconds, rss_bytes(), device_ms)
+
+    def take(self, fed: np.ndarray, *, compare: bool, at: str) -> dict[str, Taken]:
+        """Every backend's turn on ``fed``.
 
         Raises:
             ParityError: with ``compare``, where two backends disagree.
         """
-        taken, given, whole = {}, {}, fed.shape[1] == self.contract.block_size
-        for name, stream in self.streams.items():
-            start = time.perf_counter()
-            given[name] = (stream.step if whole else stream.add)(fed, self._outs[name])
-            taken[name] = (time.perf_counter() - start, rss_bytes())
+        taken = {name: self.one(name, fed) for name in self.streams}
         if compare:
-            self._compare(given, at)
+            self.compare(at)
         return taken
 
-    def _compare(self, given: dict[str, np.ndarray], at: str) -> None:
-        first, *others = given
+    def compare(self, at: str) -> None:
+        """Compare the logits of every backend's last turn.
+
+        Raises:
+            ParityError: two disagree.
+        """
+        first, *others = self.streams
         for name in others:
-            error = relative_error(given[name], given[first])
+            error = relative_error(self._given[name], self._given[first])
             if not error <= self._tolerance:
                 raise ParityError(
                     f"{name} and {first} disagree at {at} by {error:.3g} (relative), allowed is "
@@ -80,13 +102,14 @@ class Turns:
 def opened_turns(bundle: Bundle, names: Sequence[str], threads: int | None, seed: int) -> Iterator[Turns]:
     """Sessions and streams on all backends, closed in the end."""
     with ExitStack() as stack:
-        streams = {}
+        streams, devices = {}, {}
         for name in names:
             session = stack.enter_context(load(bundle, name, threads=threads))
             if session.backend.name in streams:
                 raise UsageError(f"a backend is named twice: {', '.join(names)}; {name} is {session.backend.name}")
+            devices[session.backend.name] = session.backend.device
             streams[session.backend.name] = stack.enter_context(session.stream())
-        yield Turns(bundle, streams, np.random.default_rng(seed))
+        yield Turns(bundle, streams, np.random.default_rng(seed), devices)
 
 
 def weight_bytes(bundle: Bundle) -> int:
@@ -96,15 +119,32 @@ def weight_bytes(bundle: Bundle) -> int:
     return int(manifest.cost.get("weight_bytes_read", whole))
 
 
-def full_report(
-    path: str | Path, bundle: Bundle, results: list[dict[str, Any]], power: Mapping[str, Any]
-) -> dict[str, Any]:
-    """``results`` with the bundle, machine and versions that they belong to."""
-    board = board_facts()
+def memory_facts(memory: Sequence[int]) -> dict[str, Any]:
+    """Resident bytes at the first and the last block, the slope of a least-squares fit, and the course between them as
+    at most 64 pairs of block and bytes."""
+    at = sorted(set(np.linspace(0, len(memory) - 1, min(_TRACE, len(memory))).round().astype(int).tolist()))
+    slope = float(np.polyfit(np.arange(len(memory)), np.array(memory, float), 1)[0]) * 1000
     return {
-        # of a Jetson; elsewhere there is nothing to read
-        **({"board": board} if board else {}),
-        **({"power": dict(power)} if power else {}),
+        "first": memory[0],
+        "last": memory[-1],
+        "slope_per_1000_blocks": round(slope),
+        "trace": [[i, memory[i]] for i in at],
+    }
+
+
+def full_report(
+    path: str | Path,
+    bundle: Bundle,
+    results: list[dict[str, Any]],
+    *,
+    gpu: Mapping[str, Any],
+    power: Mapping[str, Any],
+    tegrastats: Mapping[str, Any],
+) -> dict[str, Any]:
+    """``results`` with the bundle, machine and versions that they belong to. What this machine has not is left out."""
+    found = {"board": board_facts(), "gpu": dict(gpu), "power": dict(power), "tegrastats": dict(tegrastats)}
+    return {
+        **{name: facts for name, facts in found.items() if facts},
         "bundle": {"path": str(path), "id": bundle.id, "precision": bundle.manifest.precision},
         "device": device_facts(),
         "versions": versions(),

@@ -25,17 +25,30 @@ def bench(
     prompt: Annotated[
         int | None, typer.Option(help="Tokens of the prompt (mode token).", min=1, show_default="a block and a half")
     ] = None,
+    paced: Annotated[
+        float | None,
+        typer.Option(
+            help="Also measure blocks that come every so many milliseconds.", metavar="MS", show_default="not"
+        ),
+    ] = None,
     threads: opt.Threads = None,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
-    samples: Annotated[Path | None, typer.Option(help="Write every sample (ms, by backend) to this JSON file.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Write every sample in ms to this file: CSV if it ends with .csv, else JSON.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the report as a page with charts.")] = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Latency of each block or token, memory, share of the hardware's limit; the last line of stdout is JSON."""
+    from famexport.bench.files import check_plotly, html_page, samples_file
     from famexport.bench.measure import bench as measure
     from famexport.bench.tokens import bench_tokens
     from famexport.publish import atomic_write
 
-    raw: Any
+    if html:
+        check_plotly()
+    if paced is not None and mode is opt.Mode.token:
+        raise UsageError("--paced is about whole blocks; leave out --mode token, or --paced")
     with stages(quiet) as report_stage:
         progress = report_stage.one("tokens" if mode is opt.Mode.token else "blocks")
         if mode is opt.Mode.token:
@@ -43,49 +56,91 @@ def bench(
                 bundle, backend or (), tokens=tokens, prompt=prompt, threads=threads, progress=progress
             )
         else:
-            report, raw = measure(bundle, backend or (), blocks=blocks, threads=threads, progress=progress)
-    for path, content in ((json, report), (samples, raw)):
-        if path:
-            atomic_write(path, json_module.dumps(content, sort_keys=True).encode() + b"\n")
+            report, raw = measure(
+                bundle, backend or (), blocks=blocks, paced_ms=paced, threads=threads, progress=progress
+            )
+    if json:
+        atomic_write(json, json_module.dumps(report, sort_keys=True).encode() + b"\n")
+    if samples:
+        atomic_write(samples, samples_file(samples, raw))
+    if html:
+        atomic_write(html, html_page(report, raw))
     if not quiet:
         out.print(_tokens_table(report) if mode is opt.Mode.token else _bench_table(report))
+        if more := _more_table(report):
+            out.print(more)
     print_json(report)
 
 
-def _tokens_table(report: dict[str, Any]) -> Table:
-    device, first = report["device"], report["results"][0]
-    title = f"{device['processor']}, {device['cores']} cores; ms, prompt of {first['prompt_tokens']} tokens"
+def _table(title: str | None, columns: list[str], rows: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in ("backend", "1st token", "token p50", "p99", "boundary p50", "tokens/s", "of limit"):
+    for column in columns:
         table.add_column(column, justify="left" if column == "backend" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _machine(report: dict[str, Any]) -> str:
+    device, gpu = report["device"], report.get("gpu", {}).get("name")
+    return f"{device['processor']}, {device['cores']} cores" + (f", {gpu}" if gpu else "")
+
+
+def _share(result: dict[str, Any]) -> str:
+    return f"{result['roofline']['share']:.0%}" if result["roofline"] else "-"
+
+
+def _tokens_table(report: dict[str, Any]) -> Table:
+    rows = []
     for result in report["results"]:
         ms, boundary = result["token_ms"], result["boundary_ms"]
-        table.add_row(
+        row = [
             result["backend"],
             f"{result['first_token_ms']['p50']:.1f}",
             *(f"{ms[name]:.2f}" if ms else "-" for name in ("p50", "p99")),
             f"{boundary['p50']:.2f} ({result['boundary_tokens']})" if boundary else "-",
             f"{result['tokens_per_s']:,.1f}",
-            f"{result['roofline']['share']:.0%}" if result["roofline"] else "-",
-        )
-    return table
+            _share(result),
+        ]
+        rows.append(row)
+    title = f"{_machine(report)}; ms, prompt of {report['results'][0]['prompt_tokens']} tokens"
+    return _table(title, ["backend", "1st token", "token p50", "p99", "boundary p50", "tokens/s", "of limit"], rows)
 
 
 def _bench_table(report: dict[str, Any]) -> Table:
-    device = report["device"]
-    table = Table(title=f"{device['processor']}, {device['cores']} cores", title_justify="left")
-    for column in ("backend", "p50 ms", "p90", "p99", "max", "tokens/s", "of the limit", "memory"):
-        table.add_column(column, justify="left" if column == "backend" else "right")
+    rows = []
     for result in report["results"]:
-        ms, rss = result["latency_ms"], result["rss_bytes"]
-        table.add_row(
+        ms = result["latency_ms"]
+        row = [
             result["backend"],
             *(f"{ms[name]:.2f}" for name in ("p50", "p90", "p99", "max")),
             f"{result['tokens_per_s']:,.0f}",
-            f"{result['roofline']['share']:.0%}" if result["roofline"] else "-",
-            size(rss["last"]),
-        )
-    return table
+            _share(result),
+            size(result["rss_bytes"]["last"]),
+        ]
+        rows.append(row)
+    columns = ["backend", "p50 ms", "p90", "p99", "max", "tokens/s", "of the limit", "memory"]
+    return _table(_machine(report), columns, rows)
+
+
+def _more_table(report: dict[str, Any]) -> Table | None:
+    """What only GPUs have, and blocks at a pace: a table of its own, or the first would not fit into 80 columns."""
+    results = report["results"]
+    columns: dict[str, list[str]] = {"backend": [result["backend"] for result in results]}
+    for title, key in (("device p50 ms", "device_ms"), ("at boundary", "boundary_device_ms")):
+        if any(result.get(key) for result in results):
+            columns[title] = [f"{result[key]['p50']:.2f}" if result[key] else "-" for result in results]
+    rates = [result.get("throughput_tokens_per_s") for result in results]
+    if any(rates):
+        columns["back to back tokens/s"] = [f"{rate:,.0f}" if rate else "-" for rate in rates]
+    if all(result.get("paced") for result in results):
+        paced = [result["paced"] for result in results]
+        columns[f"every {paced[0]['period_ms']:g} ms: p50"] = [f"{each['latency_ms']['p50']:.2f}" for each in paced]
+        columns["p99"] = [f"{each['latency_ms']['p99']:.2f}" for each in paced]
+        columns["late"] = [f"{each['late']} of {each['blocks']}" for each in paced]
+    if len(columns) == 1:
+        return None
+    return _table(None, list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
 
 def compare(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from famexport.bench import measure
+from famexport.bench import roofline
 from famexport.bench.measure import bench
-from famexport.bench.roofline import Ceilings, measure_ceilings
+from famexport.bench.roofline import Ceilings
 from famexport.bundle import open_bundle
 from famexport.errors import BundleError, NonFiniteError, ParityError, UsageError
 from famexport.runtime.ort import OrtLoop
@@ -25,7 +25,7 @@ CEILINGS = Ceilings(copy_gb_per_s=10.0, product_gflop_per_s=100.0)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceilings as given: measuring them takes seconds and half a gigabyte."""
-    monkeypatch.setattr(measure, "measure_ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda: CEILINGS)
 
 
 def shape(value: Any) -> Any:
@@ -41,14 +41,19 @@ RESULT = {
     "backend": "str",
     "blocks": "int",
     "latency_ms": {"p50": "float", "p90": "float", "p99": "float", "max": "float"},
+    "device_ms": "NoneType",
+    "paced": "NoneType",
     "tokens_per_s": "float",
+    "throughput_blocks_per_s": "NoneType",
+    "throughput_tokens_per_s": "NoneType",
     "state_bytes": "int",
-    "rss_bytes": {"first": "int", "last": "int", "slope_per_1000_blocks": "int"},
+    "rss_bytes": {"first": "int", "last": "int", "slope_per_1000_blocks": "int", "trace": [["int", "int"]] * 20},
     "roofline": {
         "copy_gb_per_s": "float",
         "product_gflop_per_s": "float",
         "floor_ms": "float",
         "bound": "str",
+        "of": "str",
         "share": "float",
     },
 }
@@ -69,7 +74,8 @@ def test_report(bundles: Bundles, name: str) -> None:
     assert seen == [(i + 1, 20) for i in range(20)]
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     for result in report["results"]:
-        ms = samples[result["backend"]]
+        assert set(samples[result["backend"]]) == {"latency"}
+        ms = samples[result["backend"]]["latency"]
         assert len(ms) == result["blocks"] == 20
         assert min(ms) > 0
         assert result["latency_ms"] == percentiles(ms)
@@ -77,6 +83,7 @@ def test_report(bundles: Bundles, name: str) -> None:
         assert result["tokens_per_s"] == pytest.approx(8 * rows / result["latency_ms"]["p50"] * 1e3)
         assert result["state_bytes"] == bundle.contract.state_bytes()
         floor = result["roofline"]
+        assert floor["of"] == "host"
         assert floor["share"] == pytest.approx(floor["floor_ms"] / result["latency_ms"]["p50"])
         assert 0 < floor["share"] < 1
 
@@ -171,7 +178,7 @@ def test_backends_take_turns(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) 
     assert [name for name, _ in calls[:4]] == ["OrtLoop", "TorchLoop", "OrtLoop", "TorchLoop"]
     assert [fed for _, fed in calls[::2]] == [fed for _, fed in calls[1::2]]
     assert len({fed for _, fed in calls}) == len(calls) // 2
-    uncounted = len(calls) // 2 - len(samples["torch"])
+    uncounted = len(calls) // 2 - len(samples["torch"]["latency"])
     assert uncounted >= open_bundle(bundles("plain")).contract.memory_segments + 1
 
 
@@ -199,10 +206,9 @@ def test_flops_and_bytes_of_the_floor(bundles: Bundles) -> None:
 
 
 def test_ceilings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from famexport.bench import roofline
-
+    monkeypatch.undo()  # the ceilings as given
     monkeypatch.setattr(roofline, "_COPY_BYTES", 2**24)
     monkeypatch.setattr(roofline, "_PRODUCT_SIZE", 256)
-    found = measure_ceilings()
+    found = roofline.measure_ceilings()
     assert 0.05 < found.copy_gb_per_s < 10_000
     assert 0.05 < found.product_gflop_per_s < 100_000

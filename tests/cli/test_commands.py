@@ -206,7 +206,7 @@ def test_bench(famexport: Command, bundles: Bundles, tmp_path: Path) -> None:
     assert [result["backend"] for result in report["results"]] == ["ort-cpu", "torch"]
     assert json.loads((tmp_path / "report.json").read_text()) == report
     samples = json.loads((tmp_path / "samples.json").read_text())
-    assert {name: len(ms) for name, ms in samples.items()} == {"ort-cpu": 4, "torch": 4}
+    assert {name: len(kinds["latency"]) for name, kinds in samples.items()} == {"ort-cpu": 4, "torch": 4}
     assert any("p99" in line for line in table)
     assert famexport.err == ""
     assert report["results"][0]["roofline"]["copy_gb_per_s"] > 0.1
@@ -252,12 +252,17 @@ def test_doctor(famexport: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         **GPU_BACKENDS,
         "ort-cpu": True,
         "torch": True,
+        "torch-compile": True,
     }
     packages = {package["package"]: package for package in found["packages"]}
     assert packages["torch"]["version"].startswith("2.")
     assert packages["torch"]["add"] is None
     assert found["device"]["memory_bytes"] > 2**28
     assert "ort-cpu" in famexport("doctor")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    *_, compiled = famexport.json("doctor")["backends"]
+    assert (compiled["backend"], compiled["works"]) == ("torch-compile", False)
+    assert "no C++ compiler" in compiled["detail"]
 
 
 def test_doctor_says_what_is_missing(famexport: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +285,7 @@ def test_doctor_says_what_is_missing(famexport: Command, monkeypatch: pytest.Mon
         **GPU_BACKENDS,
         "ort-cpu": False,
         "torch": False,
+        "torch-compile": False,
     }
     assert all(b["add"] for b in found["backends"] if b["backend"] != "tensorrt-rtx")  # it is there; a GPU is not
     assert all(package["add"].startswith("pip install 'famexport[") for package in found["packages"])
@@ -295,7 +301,7 @@ def test_doctor_survives_a_broken_package(famexport: Command, monkeypatch: pytes
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     found = famexport.json("doctor")
-    assert ["libcudart" in b["detail"] for b in found["backends"]] == [False, False, True, True, True, True]
+    assert ["libcudart" in b["detail"] for b in found["backends"]] == [False, False, True, True, True, True, True]
 
 
 def test_version_and_help(famexport: Command) -> None:

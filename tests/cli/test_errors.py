@@ -321,7 +321,7 @@ def test_a_wrong_device_is_a_numeric_error(
     fails(NUMERIC, "verify", bundles("plain"), says=says)
     fails(NUMERIC, "verify", bundles("plain"), "--json", says=says)
     with monkeypatch.context() as patch:
-        patch.setattr("famexport.bench.measure.measure_ceilings", lambda: None)
+        patch.setattr("famexport.bench.roofline.measure_ceilings", lambda: None)
         fails(NUMERIC, "bench", bundles("plain"), "--backend", "ort-cpu", "--backend", "torch", says=("disagree",))
 
 
