@@ -6,12 +6,13 @@ ONNX Runtime itself captures each turn of the ring as a CUDA graph, which it can
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from famexport.bundle import Bundle
-from famexport.contract import StepContract
-from famexport.errors import BundleError, FamExportError, IncompatibleError
+from famexport.contract import ITEM_BYTES, GraphIO, StepContract
+from famexport.errors import BundleError, FamExportError, IncompatibleError, raise_problems
 from famexport.runtime.cuda import Cuda
 from famexport.runtime.device import DeviceLoop
 from famexport.runtime.device_weights import DeviceWeights
@@ -89,7 +90,7 @@ class OrtCudaRing(OrtCuda):
         if self._cuda is None or self.weights is None:
             raise FamExportError(f"the backend {self.name} is closed; load the bundle again")
         captured = self._capture and self.uncaptured_reason is None
-        engine = RingEnqueuer(self.sessions, self.layout, self.weights, captured)
+        engine = RingEnqueuer(self.sessions, self.layout, self.weights, batch, captured)
         loop = DeviceLoop(self.contract, batch, engine, self._cuda, layout=self.layout)
         loop.info.update(captured=captured, uncaptured_reason=self.uncaptured_reason)
         return loop
@@ -103,13 +104,25 @@ class OrtCudaRing(OrtCuda):
 
 
 class RingEnqueuer:
-    """Sessions with IO bound once for each turn of the ring."""
+    """Sessions with IO bound once for each turn of the ring.
+
+    Raises:
+        BundleError: a graph takes or gives what the layout has not, or in another size: it would read or write beyond
+            what is its own.
+    """
 
     capturable = False  # by the loop: ONNX Runtime has its own
 
-    def __init__(self, sessions: Mapping[str, Any], layout: Layout, weights: DeviceWeights, captured: bool) -> None:
-        self._sessions, self._layout, self._weights, self._captured = dict(sessions), layout, weights, captured
+    def __init__(
+        self, sessions: Mapping[str, Any], layout: Layout, weights: DeviceWeights, batch: int, captured: bool
+    ) -> None:
+        self._sessions, self._weights, self._captured = dict(sessions), weights, captured
         self._calls: dict[tuple[str, tuple[int, ...]], tuple[Any, Any]] = {}
+        for name, session in self._sessions.items():
+            taken, given = _sizes(layout, layout.graphs[name], batch)
+            taken |= {weight: (None, size) for weight, size in weights.sizes.items()}
+            problems = _problems(session.get_inputs(), taken) + _problems(session.get_outputs(), given)
+            raise_problems(BundleError, f"the graph {name} made for CUDA", problems)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,12 +156,40 @@ class RingEnqueuer:
         binding, known = session.io_binding(), {**self._weights.address, **addresses}
         for values, bind in ((session.get_inputs(), binding.bind_input), (session.get_outputs(), binding.bind_output)):
             for value in values:
-                if value.name not in known:
-                    raise BundleError(f"{graph} has {value.name}, which is neither a step's nor a weight")
-                dtype = _TYPES[value.type]
-                bind(value.name, "cuda", 0, _ONNX_TYPES[dtype], list(value.shape), known[value.name])
+                dtype = _ONNX_TYPES[_TYPES[value.type]]
+                bind(value.name, "cuda", 0, dtype, list(value.shape), known[value.name])
         return binding
 
     def close(self) -> None:
         self._calls.clear()
         self._sessions = {}
+
+
+_Sizes = dict[str, tuple[str | None, int]]  # dtype, where it is known, and bytes
+
+
+def _sizes(layout: Layout, io: GraphIO, batch: int) -> tuple[_Sizes, _Sizes]:
+    """What a graph takes and gives, weights apart, by the engine's names."""
+    taken: _Sizes = {spec.name: (spec.dtype, spec.nbytes(batch)) for spec in io.inputs}
+    given: _Sizes = {io.logits.name: (io.logits.dtype, io.logits.nbytes(batch))} if io.logits else {}
+    for spec in io.states:
+        stored = layout.stored[spec.name]
+        taken |= dict.fromkeys(stored.names, (spec.dtype, stored.row_bytes * batch))
+    for spec in io.new:
+        stored = layout.stored[spec.name]
+        given[stored.new] = spec.dtype, stored.row_bytes * batch
+    return taken, given
+
+
+def _problems(values: Any, sizes: _Sizes) -> list[str]:
+    found = []
+    for value in values:
+        dtype, fixed = _TYPES.get(value.type), all(isinstance(n, int) and n > 0 for n in value.shape)
+        if value.name not in sizes or dtype is None or not fixed:
+            found.append(f"{value.name!r:.80} {value.type} {list(value.shape)} is nothing that a step has")
+            continue
+        wanted, size = sizes[value.name]
+        got = prod(value.shape) * ITEM_BYTES[dtype]
+        if got != size or wanted not in (None, dtype):
+            found.append(f"{value.name} is {got} bytes of {dtype}, expected {size}{f' of {wanted}' if wanted else ''}")
+    return found

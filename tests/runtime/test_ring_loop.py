@@ -16,7 +16,7 @@ from fake_cuda import FakeCuda, view
 import famexport as fx
 from famexport.checkpoint import init_checkpoint
 from famexport.config import preset
-from famexport.errors import NonFiniteError
+from famexport.errors import BundleError, NonFiniteError
 from famexport.runtime.backend import STORAGE, Backend, Loop
 from famexport.runtime.device import DeviceLoop
 from famexport.runtime.device_weights import DeviceWeights, parts
@@ -44,8 +44,10 @@ class CpuRing(RingEnqueuer):
     capturable = True
     spoil = -1
 
-    def __init__(self, sessions: Mapping[str, Any], layout: Any, weights: DeviceWeights, cuda: FakeCuda) -> None:
-        super().__init__(sessions, layout, weights, False)
+    def __init__(
+        self, sessions: Mapping[str, Any], layout: Any, weights: DeviceWeights, batch: int, cuda: FakeCuda
+    ) -> None:
+        super().__init__(sessions, layout, weights, batch, False)
         self.cuda, self.used = cuda, []
 
     def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
@@ -82,7 +84,7 @@ class CpuRingBackend(Backend):
         self.weights = DeviceWeights(bundle.file("weights.safetensors"), dict.fromkeys(taken), self.cuda)
 
     def _open(self, batch: int) -> Loop:
-        self.engine = CpuRing(self.sessions, self.layout, self.weights, self.cuda)
+        self.engine = CpuRing(self.sessions, self.layout, self.weights, batch, self.cuda)
         return DeviceLoop(self.contract, batch, self.engine, self.cuda, layout=self.layout)
 
 
@@ -188,6 +190,42 @@ def test_a_failed_check_keeps_the_state(exported: Callable[..., Path]) -> None:
             with pytest.raises(NonFiniteError):
                 stream.step(fed)
             assert all(np.array_equal(stream.state()[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "says"),
+    [
+        ("present_key_00", [1, 24, 16], "present_key_00 is 1536 bytes of float32, expected 768"),
+        ("logits", [1, 8, 960], "logits is 30720 bytes of float32, expected 3072"),
+        ("present_fam_07", [1, 12, 32], "'present_fam_07' tensor.float. .* is nothing that a step has"),
+        ("present_fam_00", ["n", 12, 32], "is nothing that a step has"),
+    ],
+)
+def test_a_graph_that_would_write_beyond_its_own_is_refused(
+    exported: Callable[..., Path], name: str, shape: list[Any], says: str
+) -> None:
+    """A bundle's hashes say that it is whole, not that it is kind."""
+
+    class Value:
+        def __init__(self, name: str, shape: list[Any], type: str = "tensor(float)") -> None:
+            self.name, self.shape, self.type = name, shape, type
+
+    class Hostile:
+        def __init__(self, session: Any) -> None:
+            self.session = session
+
+        def get_inputs(self) -> list[Any]:
+            return self.session.get_inputs()
+
+        def get_outputs(self) -> list[Any]:
+            kept = [v for v in self.session.get_outputs() if v.name != name]
+            return [*kept, Value(name, shape)]
+
+    with fx.load(exported("plain"), "ort-cpu") as session:
+        backend = CpuRingBackend(session)
+        backend.sessions["block_step"] = Hostile(backend.sessions["block_step"])
+        with pytest.raises(BundleError, match=says):
+            backend.open()
 
 
 def test_weights_lie_on_the_device_once(exported: Callable[..., Path]) -> None:
