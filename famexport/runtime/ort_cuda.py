@@ -128,9 +128,8 @@ class OrtEnqueuer:
     capturable = False
 
     def __init__(self, contract: StepContract, batch: int, sessions: Mapping[str, Any]) -> None:
-        self._sessions, self._batch = dict(sessions), batch
-        self._graphs = {name: contract.graph(name) for name in self._sessions}
-        self._bindings: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._sessions, self._batch, self._contract = dict(sessions), batch, contract
+        self._calls: dict[tuple[str, tuple[int, ...]], tuple[Any, Any]] = {}  # binding and options
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -141,15 +140,19 @@ class OrtEnqueuer:
 
     def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
         key = graph, tuple(addresses.values())
-        if key not in self._bindings:
-            self._bindings[key] = self._bind(graph, addresses)
+        if key not in self._calls:
+            self._calls[key] = self._bind(graph, addresses), self._options(graph)
+        binding, options = self._calls[key]
         try:
-            self._sessions[graph].run_with_iobinding(self._bindings[key])
+            self._sessions[graph].run_with_iobinding(binding, options)
         except Exception as exc:  # onnxruntime raises a class of its own per status code
             raise FamExportError(f"onnxruntime failed in {graph}: {_first_line(exc)}") from exc
 
+    def _options(self, graph: str) -> Any:
+        return None
+
     def _bind(self, graph: str, addresses: Mapping[str, int]) -> Any:
-        binding, io = self._sessions[graph].io_binding(), self._graphs[graph]
+        binding, io = self._sessions[graph].io_binding(), self._contract.graph(graph)
 
         def place(bind: Any, spec: TensorSpec) -> None:
             shape = list(spec.sized(self._batch))
@@ -162,5 +165,5 @@ class OrtEnqueuer:
         return binding
 
     def close(self) -> None:
-        self._bindings.clear()
+        self._calls.clear()
         self._sessions = {}  # the last loop of a closed backend takes its weights along

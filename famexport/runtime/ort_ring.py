@@ -17,8 +17,8 @@ from famexport.runtime.cuda import Cuda
 from famexport.runtime.device import DeviceLoop
 from famexport.runtime.device_weights import DeviceWeights
 from famexport.runtime.layout import START, Layout, ring_layout
-from famexport.runtime.ort import _ONNX_TYPES, _first_line
-from famexport.runtime.ort_cuda import OrtCuda
+from famexport.runtime.ort import _ONNX_TYPES
+from famexport.runtime.ort_cuda import OrtCuda, OrtEnqueuer
 
 _TYPES = {
     "tensor(float)": "float32",
@@ -90,7 +90,7 @@ class OrtCudaRing(OrtCuda):
         if self._cuda is None or self.weights is None:
             raise FamExportError(f"the backend {self.name} is closed; load the bundle again")
         captured = self._capture and self.uncaptured_reason is None
-        engine = RingEnqueuer(self.sessions, self.layout, self.weights, batch, captured)
+        engine = RingEnqueuer(self.contract, batch, self.sessions, self.layout, self.weights, captured)
         loop = DeviceLoop(self.contract, batch, engine, self._cuda, layout=self.layout)
         loop.info.update(captured=captured, uncaptured_reason=self.uncaptured_reason)
         return loop
@@ -103,46 +103,32 @@ class OrtCudaRing(OrtCuda):
         super().close()
 
 
-class RingEnqueuer:
-    """Sessions with IO bound once for each turn of the ring.
+class RingEnqueuer(OrtEnqueuer):
+    """The same with the weights' addresses, and each set of addresses a CUDA graph of its own.
 
     Raises:
         BundleError: a graph takes or gives what the layout has not, or in another size: it would read or write beyond
             what is its own.
     """
 
-    capturable = False  # by the loop: ONNX Runtime has its own
-
     def __init__(
-        self, sessions: Mapping[str, Any], layout: Layout, weights: DeviceWeights, batch: int, captured: bool
+        self,
+        contract: StepContract,
+        batch: int,
+        sessions: Mapping[str, Any],
+        layout: Layout,
+        weights: DeviceWeights,
+        captured: bool,
     ) -> None:
-        self._sessions, self._weights, self._captured = dict(sessions), weights, captured
-        self._calls: dict[tuple[str, tuple[int, ...]], tuple[Any, Any]] = {}
+        super().__init__(contract, batch, sessions)
+        self._weights, self._captured = weights, captured
         for name, session in self._sessions.items():
             taken, given = _sizes(layout, layout.graphs[name], batch)
             taken |= {weight: (None, size) for weight, size in weights.sizes.items()}
             problems = _problems(session.get_inputs(), taken) + _problems(session.get_outputs(), given)
             raise_problems(BundleError, f"the graph {name} made for CUDA", problems)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._sessions)
-
-    def aliased(self, graph: str) -> Mapping[str, str]:
-        return {}
-
-    def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
-        key = graph, tuple(addresses.values())
-        if key not in self._calls:
-            self._calls[key] = self._bind(graph, addresses), self._options(graph)
-        binding, options = self._calls[key]
-        try:
-            self._sessions[graph].run_with_iobinding(binding, options)
-        except Exception as exc:  # onnxruntime raises a class of its own per status code
-            raise FamExportError(f"onnxruntime failed in {graph}: {_first_line(exc)}") from exc
-
     def _options(self, graph: str) -> Any:
-        """Each set of addresses is a CUDA graph of its own, by number."""
         if not self._captured or graph.endswith(START):
             return None
         import onnxruntime
@@ -159,10 +145,6 @@ class RingEnqueuer:
                 dtype = _ONNX_TYPES[_TYPES[value.type]]
                 bind(value.name, "cuda", 0, dtype, list(value.shape), known[value.name])
         return binding
-
-    def close(self) -> None:
-        self._calls.clear()
-        self._sessions = {}
 
 
 _Sizes = dict[str, tuple[str | None, int]]  # dtype, where it is known, and bytes

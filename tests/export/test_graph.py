@@ -223,15 +223,19 @@ print(json.dumps([hash("seed"), digests(sys.argv[1], sys.argv[2])]))
 
 
 def digests(checkpoint: str | Path, target: str | Path) -> dict[str, str]:
-    """Export, and give the bundle's id and each file's SHA-256."""
-    bundle = export_bundle(checkpoint, target, precision="bf16", batch="dynamic", parity_blocks=2)
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in bundle.path.iterdir()}
-    return {"id": bundle.id, **files}
+    """Export twice, with every kind of graph, and give the bundles' ids and each file's SHA-256."""
+    found = {}
+    for batch, graphs in (("dynamic", "block"), (1, "all")):
+        path = Path(target) / graphs
+        bundle = export_bundle(checkpoint, path, precision="bf16", batch=batch, graphs=graphs, parity_blocks=2)
+        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in bundle.path.iterdir()}
+        found |= {f"{graphs}/{name}": digest for name, digest in {"id": bundle.id, **files}.items()}
+    return found
 
 
 def test_two_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "trace_step", trace_step)  # not the shared traces of these tests
-    config = replace(BASE, num_hidden_layers=1)
+    config = replace(BASE, num_hidden_layers=3)  # of which one is stamped
     checkpoint = save(tmp_path / "checkpoint", config, random_weights(config))
     command = [sys.executable, "-c", EXPORT, str(checkpoint), str(tmp_path / "there")]
     root = str(Path(famexport.__file__).parent.parent)
@@ -240,7 +244,8 @@ def test_two_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
     seed, there = json.loads(done.stdout.splitlines()[-1])
     assert seed != hash("seed")  # the order of sets is another in this process
     assert there == digests(checkpoint, tmp_path / "here")
-    assert sorted(there) == [
-        "block_step.onnx", "block_step.ort-cpu.onnx", "block_step.ort-cuda-start.onnx", "block_step.ort-cuda.onnx",
-        "golden.safetensors", "id", "manifest.json", "weights.safetensors",
-    ]  # fmt: skip
+    kinds = {"onnx", "ort-cpu.onnx", "ort-cuda.onnx", "ort-cuda-start.onnx"}
+    graphs = {f"all/{graph}.{kind}" for graph in ("block_step", "append_step", "commit_block") for kind in kinds}
+    graphs |= {"block/block_step.onnx", "block/block_step.ort-cpu.onnx"}
+    others = {"golden.safetensors", "id", "manifest.json", "weights.safetensors"}
+    assert set(there) == graphs | {f"{folder}/{name}" for folder in ("all", "block") for name in others}

@@ -296,7 +296,7 @@ def test_interrupted_in_the_middle(site: Site, stage: str, stop: type[BaseExcept
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"precision": "int8"}, "precision must be one of fp32, fp16, bf16, got 'int8'"),
+        ({"precision": "fp8"}, "precision must be one of fp32, fp16, bf16, int8, int4, got 'fp8'"),
         ({"inputs": "text"}, "inputs must be one of tokens, inputs_embeds, got 'text'"),
         ({"logits": "first"}, "logits must be one of all, last, got 'first'"),
         ({"batch": 0}, "batch must be a positive number or 'dynamic', got 0"),

@@ -44,11 +44,9 @@ class CpuRing(RingEnqueuer):
     capturable = True
     spoil = -1
 
-    def __init__(
-        self, sessions: Mapping[str, Any], layout: Any, weights: DeviceWeights, batch: int, cuda: FakeCuda
-    ) -> None:
-        super().__init__(sessions, layout, weights, batch, False)
-        self.cuda, self.used = cuda, []
+    def __init__(self, backend: Any, batch: int) -> None:
+        super().__init__(backend.contract, batch, backend.sessions, backend.layout, backend.weights, False)
+        self.cuda, self.used = backend.cuda, []
 
     def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
         self.cuda.submit(lambda: self.compute(graph, {**self._weights.address, **addresses}))
@@ -84,7 +82,7 @@ class CpuRingBackend(Backend):
         self.weights = DeviceWeights(bundle.file("weights.safetensors"), dict.fromkeys(taken), self.cuda)
 
     def _open(self, batch: int) -> Loop:
-        self.engine = CpuRing(self.sessions, self.layout, self.weights, batch, self.cuda)
+        self.engine = CpuRing(self, batch)
         return DeviceLoop(self.contract, batch, self.engine, self.cuda, layout=self.layout)
 
 
