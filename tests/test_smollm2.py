@@ -17,6 +17,7 @@ from famexport.chat_template import chat_template, stop_ids
 from famexport.runtime.feeding import bundle_tokenizer, token_source
 from famexport.runtime.score import log_probabilities
 from samples.demo import fetch_model, long_text
+from tests.runtime.cpu_ring import CpuRingBackend
 
 TOKENS, NEW_TOKENS = 2048, 48
 QUESTIONS = ["What is the capital of France?", "Write one sentence about the sea."]
@@ -91,6 +92,18 @@ def test_greedy_tokens_equal_transformers(bundle: fx.Bundle, peer: Any, message:
     wanted = [token for token in made[0, len(prompt) :].tolist() if token not in stop]
     assert got == wanted
     assert got
+
+
+@pytest.mark.parametrize("message", QUESTIONS)
+def test_graphs_made_for_cuda_choose_the_same_tokens(bundle: fx.Bundle, message: str) -> None:
+    """In float32 on the CPU, over a block's end."""
+    prompt = bundle_tokenizer(bundle).encode(chat_template(bundle).opening(message), add_special_tokens=False).ids
+    prompt = (prompt * 8)[:100]
+    with fx.load(bundle, "ort-cpu") as session:
+        ring = fx.Session(bundle, CpuRingBackend(session))
+        with session.stream() as portable, ring.stream() as made:
+            got, wanted = (list(stream.generate(prompt, NEW_TOKENS)) for stream in (made, portable))
+    assert got == wanted
 
 
 def test_chat_answers_a_short_prompt(bundle: fx.Bundle) -> None:

@@ -5,23 +5,20 @@ Here they run in float32 on the CPU, on a CUDA layer over host memory; ``tests/g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import FakeCuda, view
+from cpu_ring import CpuRingBackend
 
 import famexport as fx
 from famexport.checkpoint import init_checkpoint
 from famexport.config import preset
 from famexport.errors import BundleError, NonFiniteError
-from famexport.runtime.backend import STORAGE, Backend, Loop
-from famexport.runtime.device import DeviceLoop
-from famexport.runtime.device_weights import DeviceWeights, parts
-from famexport.runtime.layout import START, ring_layout
-from famexport.runtime.ort_ring import _TYPES, RingEnqueuer, ring_files
+from famexport.runtime.device_weights import parts
+from famexport.runtime.layout import START
 from famexport.runtime.session import Session
 
 BLOCKS = 7
@@ -36,54 +33,6 @@ CASES: dict[str, dict[str, Any]] = {
     "layernorm": {"norm": "layernorm", "activation": "gelu_tanh", "gated_mlp": False},
     "tied": {"tie_word_embeddings": True, "memory_segments": 1},
 }
-
-
-class CpuRing(RingEnqueuer):
-    """The same graphs by onnxruntime's CPU sessions, on raw addresses."""
-
-    capturable = True
-    spoil = -1
-
-    def __init__(self, backend: Any, batch: int) -> None:
-        super().__init__(backend.contract, batch, backend.sessions, backend.layout, backend.weights, False)
-        self.cuda, self.used = backend.cuda, []
-
-    def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
-        self.cuda.submit(lambda: self.compute(graph, {**self._weights.address, **addresses}))
-
-    def compute(self, graph: str, addresses: Mapping[str, int]) -> None:
-        session = self._sessions[graph]
-        self.used.append(graph)
-        taken = {v.name: view(addresses[v.name], STORAGE[_TYPES[v.type]], v.shape) for v in session.get_inputs()}
-        for value, array in zip(session.get_outputs(), session.run(None, taken), strict=True):
-            view(addresses[value.name], array.dtype, array.shape)[...] = array
-            if self.spoil >= 0 and value.name.startswith(("present_key", "present_open_key")):
-                view(addresses[value.name], array.dtype, array.shape)[self.spoil, -1, -1] = np.inf
-
-
-class CpuRingBackend(Backend):
-    name, provider, device = "ring", "fake", "fake"
-
-    def __init__(self, session: Session) -> None:
-        import onnxruntime as ort
-
-        super().__init__(session.contract, session.backend.precision)
-        bundle, contract = session.bundle, session.contract
-        self.layout = ring_layout(contract, contract.fam_length + contract.block_size)
-        self.cuda, options = FakeCuda(), ort.SessionOptions()
-        options.log_severity_level = 3
-        self.sessions = {
-            graph: ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-            for graph, file in ring_files(bundle).items()
-        }
-        stepped = {s.name for io in self.layout.graphs.values() for s in io.inputs}
-        stepped |= {name for stored in self.layout.stored.values() for name in stored.names}
-        taken = [v.name for s in self.sessions.values() for v in s.get_inputs() if v.name not in stepped]
-        self.weights = DeviceWeights(bundle.file("weights.safetensors"), dict.fromkeys(taken), self.cuda)
-
-    def _open(self, batch: int) -> Loop:
-        self.engine = CpuRing(self, batch)
-        return DeviceLoop(self.contract, batch, self.engine, self.cuda, layout=self.layout)
 
 
 @pytest.fixture(scope="module")
