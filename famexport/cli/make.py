@@ -165,7 +165,8 @@ def export(
     parity, manifest = bundle.manifest.parity, bundle.manifest
     cut = parity.get("cut", {})
     parts = parity, parity.get("append", {}), cut, cut.get("append", {})
-    worst = max(e for part in parts for k in _CURVES for e in part.get(k, ()))
+    curves = [e for part in parts for k in _CURVES for e in part.get(k, ())]
+    worst = max(*curves, *parity.get("calls", {}).values())
     if json:
         files = {name: entry.bytes for name, entry in manifest.files.items()}
         print_json({"bundle": str(output), "id": bundle.id, "files": files, "worst_error": worst, "parity": parity})

@@ -2,7 +2,8 @@
 
 The cut graph is what the whole graph was stamped from, over the very same weight file. Its loop shows what one step of
 the whole cannot: a state fed back wrongly, memory and FAM read wrongly, a rounding that accumulates. The whole step
-shows that every layer has its own weights, and gives the golden rollout.
+shows that every layer has its own weights, and gives the golden rollout; so does one call of append_step and of
+commit_block, from a random state, since a block made of chunks reads all weights too often.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import onnx_ir as ir
 
 from famexport.export import passes
+from famexport.export.calls import PARITY_BATCH, compare_calls
 from famexport.export.parity import FLOP_BUDGET, TOLERANCES, append_blocks, check_parity, default_blocks
 from famexport.export.source import Source
 from famexport.export.stamp import TRACED_LAYERS
@@ -22,8 +24,6 @@ from famexport.runtime.chunks import advance_by_chunks
 from famexport.runtime.golden import Golden
 from famexport.runtime.ort import OrtCpu
 from famexport.tensorfile import read_header
-
-_DYNAMIC_PARITY_BATCH = 2
 
 
 class ParityPlan(NamedTuple):
@@ -69,7 +69,8 @@ def compare(
         report: called with (stage, done, in all).
     Returns:
         the manifest's ``parity``: curves over the blocks of the whole model, and where it was cut ``cut``, the same of
-        its first ``layers``, with those of append_step; and the golden rollout.
+        its first ``layers``, with those of append_step, and ``calls``, the errors of one call of each graph of an open
+        block; and the golden rollout.
     """
     contract, plan = what.contract, plan_parity(what, blocks)
 
@@ -77,7 +78,7 @@ def compare(
         stage: str, source: Source, graphs: Mapping[str, Path], blocks: int, chunked: bool = False
     ) -> tuple[dict[str, Any], Golden]:
         backend = OrtCpu(source.contract, precision, graphs, weights)
-        loop = backend.open(_DYNAMIC_PARITY_BATCH if contract.batch == "dynamic" else None)
+        loop = backend.open(PARITY_BATCH if contract.batch == "dynamic" else None)
 
         def release() -> None:
             loop.close()
@@ -115,6 +116,9 @@ def compare(
     found, golden = closed_loop("parity", what, graphs, plan.whole)
     if cut:
         found["cut"] = cut
+        if contract.chunks:
+            allowed = TOLERANCES[precision] if tolerance is None else tolerance
+            found["calls"] = compare_calls(what, graphs, weights, precision, allowed, seed)
     else:
         by_chunks(what, graphs, found)
     return found, golden

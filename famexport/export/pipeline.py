@@ -68,7 +68,8 @@ def export_bundle(
         graphs: ``block`` gives block_step; ``all`` gives append_step and commit_block too, over the same weight file.
         chunks: widths of append_step, one graph each: positions that it takes at once.
         parity_blocks: blocks to compare; by default 256, fewer for models that take long. Where not even 2 are cheap, 1
-            block is compared through all layers and more through the first ones alone: ``parity["cut"]``.
+            block is compared through all layers and more through the first ones alone: ``parity["cut"]``; append_step
+            and commit_block through all layers for one call: ``parity["calls"]``.
         tolerance: largest relative error allowed; by default that of the precision.
         max_loss_increase: of int8 and int4, nats per token on text; by default that of the precision.
         quality_text: a file with that text; by default Python's own documentation.

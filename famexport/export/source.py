@@ -36,6 +36,7 @@ class Source:
         load: a weight's bytes, in that dtype.
         constants: small tensors whose values are known now, by the name they have in the module.
         reference: builds the float32 step that the export is compared with.
+        model: builds the float32 model itself; None for a module.
         layers: of a checkpoint; 0 for a module, whose layers are its own affair.
         cut: the same model with so many of its first layers only; None where that cannot be had.
     """
@@ -52,6 +53,7 @@ class Source:
     fam_trained: bool | None = None
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
     cost: dict[str, int] = field(default_factory=dict)
+    model: Callable[[], FamModel] | None = None
     layers: int = 0
     cut: Callable[[int], Source] | None = None
 
@@ -114,6 +116,7 @@ def checkpoint_source(
         fam_trained=checkpoint.fam_trained if config.fam_length else None,
         tokenizer=checkpoint.tokenizer_files(),
         cost=_cost(config, ITEM_BYTES[PRECISION_DTYPE[precision]], logits),
+        model=reference_model,
         layers=config.num_hidden_layers,
         cut=cut,
     )

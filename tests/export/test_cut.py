@@ -66,6 +66,9 @@ def test_the_manifest_says_what_was_compared(
     assert 0 < max(*part["logits_error"], *part["state_error"]) < parity.TOLERANCES[options.get("precision", "fp32")]
     assert ("append" in part) == ("graphs" in options)
     assert "append" not in whole
+    calls = whole.get("calls", {})
+    assert set(calls) == ({"append_step", "commit_block"} if "graphs" in options else set())
+    assert all(0 < error < parity.TOLERANCES["bf16"] for error in calls.values())
     assert not [name for name in bundle.manifest.files if "cut" in name]
     assert not list(bundle.path.glob("cut*"))
 
@@ -108,4 +111,31 @@ def test_a_wrong_weight_beyond_the_cut_shows_in_the_whole_step(
     monkeypatch.setattr(pipeline, "checkpoint_source", wrong)
     with pytest.raises(ParityError, match="at block 0"):
         export_bundle(checkpoint, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("graph", ["append_step", "append_step_c4", "commit_block"])
+@pytest.mark.parametrize("options", [{}, {"batch": "dynamic", "logits": "last"}], ids=str)
+def test_a_graph_of_the_open_block_that_reads_another_layers_weight_is_found(
+    checkpoint: Path,
+    tmp_path: Path,
+    small_budget: int,
+    monkeypatch: pytest.MonkeyPatch,
+    graph: str,
+    options: dict[str, Any],
+) -> None:
+    """The third layer is in no cut graph, and the whole block step never reads this one."""
+    real = pipeline.stamp
+
+    def wrong(model: Any, io: Any, layers: int) -> bool:
+        done = real(model, io, layers)
+        if io.name == graph:
+            weights = model.graph.initializers
+            good, bad = (weights[f"model.layers.{i}.self_attn.q_proj.weight"] for i in (2, 1))
+            good.replace_all_uses_with(bad)
+        return done
+
+    monkeypatch.setattr(pipeline, "stamp", wrong)
+    with pytest.raises(ParityError, match=f"exported {graph} differs"):
+        export_bundle(checkpoint, tmp_path / "bundle", graphs="all", chunks=(1, 4), **options)
     assert not list(tmp_path.iterdir())
