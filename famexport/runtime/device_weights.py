@@ -22,7 +22,8 @@ def parts(name: str) -> list[str]:
 
 
 class DeviceWeights:
-    """``address`` of each input, and ``nbytes`` of all.
+    """``address`` of each input, and ``nbytes`` of all. ``close`` once for each ``retain`` and once more: loops go on
+    when their backend is closed.
 
     Args:
         file: a checked weight file.
@@ -33,7 +34,7 @@ class DeviceWeights:
     """
 
     def __init__(self, file: Path, names: Iterable[str], cuda: CudaLayer) -> None:
-        self._cuda, self._base, header = cuda, 0, read_header(file)
+        self._cuda, self._base, self._owners, header = cuda, 0, 1, read_header(file)
         offsets: dict[str, int] = {}
         self.nbytes, self.sizes = 0, {}
         names = list(names)
@@ -53,7 +54,12 @@ class DeviceWeights:
                 at += entry.nbytes
         cuda.synchronize()
 
+    def retain(self) -> None:
+        """One more owner, who will ``close``."""
+        self._owners += 1
+
     def close(self) -> None:
-        if self._base:
+        self._owners -= 1
+        if not self._owners and self._base:
             self._cuda.free(self._base)
             self._base = 0

@@ -141,14 +141,14 @@ class OrtEnqueuer:
     def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
         key = graph, tuple(addresses.values())
         if key not in self._calls:
-            self._calls[key] = self._bind(graph, addresses), self._options(graph)
+            self._calls[key] = self._bind(graph, addresses), self._options(graph, addresses)
         binding, options = self._calls[key]
         try:
             self._sessions[graph].run_with_iobinding(binding, options)
         except Exception as exc:  # onnxruntime raises a class of its own per status code
             raise FamExportError(f"onnxruntime failed in {graph}: {_first_line(exc)}") from exc
 
-    def _options(self, graph: str) -> Any:
+    def _options(self, graph: str, addresses: Mapping[str, int]) -> Any:
         return None
 
     def _bind(self, graph: str, addresses: Mapping[str, int]) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from famexport.bundle import Bundle
 from famexport.contract import ITEM_BYTES, GraphIO, StepContract
@@ -16,10 +16,12 @@ from famexport.errors import BundleError, FamExportError, IncompatibleError, rai
 from famexport.runtime.cuda import Cuda
 from famexport.runtime.device import DeviceLoop
 from famexport.runtime.device_weights import DeviceWeights
+from famexport.runtime.enqueue import CudaLayer
 from famexport.runtime.layout import START, Layout, ring_layout
 from famexport.runtime.ort import _ONNX_TYPES
 from famexport.runtime.ort_cuda import OrtCuda, OrtEnqueuer
 
+Call = tuple[str, tuple[int, ...]]  # a graph and the addresses of what it takes and gives
 _TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -58,9 +60,12 @@ class OrtCudaRing(OrtCuda):
     ) -> None:
         self.weights: DeviceWeights | None = None
         self._capture = capture
+        self._numbers: dict[Call, int] = {}
+        self._regions: KeptRegions | None = None
         self.layout = ring_layout(contract, contract.fam_length + contract.block_size)
         super().__init__(contract, precision, graphs, weights, threads)
         assert self._cuda is not None
+        self._regions = KeptRegions(self._cuda)
         try:
             self.weights = DeviceWeights(weights, self._weight_names(), self._cuda)
         except BaseException:
@@ -90,22 +95,28 @@ class OrtCudaRing(OrtCuda):
         if self._cuda is None or self.weights is None:
             raise FamExportError(f"the backend {self.name} is closed; load the bundle again")
         captured = self._capture and self.uncaptured_reason is None
-        engine = RingEnqueuer(self.contract, batch, self.sessions, self.layout, self.weights, captured)
-        loop = DeviceLoop(self.contract, batch, engine, self._cuda, layout=self.layout)
+        numbers = self._numbers if captured else None
+        engine = RingEnqueuer(self.contract, batch, self.sessions, self.layout, self.weights, numbers)
+        loop = DeviceLoop(self.contract, batch, engine, cast(CudaLayer, self._regions), layout=self.layout)
         loop.info.update(captured=captured, uncaptured_reason=self.uncaptured_reason)
         return loop
 
     def close(self) -> None:
         self.sessions = {}  # before what they point into
-        if self.weights is not None and self._cuda is not None:
-            self.weights.close()
-            self.weights = None
+        if self._cuda is not None:
+            if self.weights is not None:
+                self.weights.close()
+                self.weights = None
+            if self._regions is not None:
+                self._regions.give_back()
         super().close()
 
 
 class RingEnqueuer(OrtEnqueuer):
     """The same with the weights' addresses, and each set of addresses a CUDA graph of its own.
 
+    Args:
+        numbers: of those graphs, shared by all loops over the same sessions; None where nothing is captured.
     Raises:
         BundleError: a graph takes or gives what the layout has not, or in another size: it would read or write beyond
             what is its own.
@@ -118,23 +129,27 @@ class RingEnqueuer(OrtEnqueuer):
         sessions: Mapping[str, Any],
         layout: Layout,
         weights: DeviceWeights,
-        captured: bool,
+        numbers: dict[Call, int] | None,
     ) -> None:
         super().__init__(contract, batch, sessions)
-        self._weights, self._captured = weights, captured
+        self._weights, self._numbers = weights, numbers
         for name, session in self._sessions.items():
             taken, given = _sizes(layout, layout.graphs[name], batch)
             taken |= {weight: (None, size) for weight, size in weights.sizes.items()}
             problems = _problems(session.get_inputs(), taken) + _problems(session.get_outputs(), given)
             raise_problems(BundleError, f"the graph {name} made for CUDA", problems)
+        weights.retain()
 
-    def _options(self, graph: str) -> Any:
-        if not self._captured or graph.endswith(START):
+    def _options(self, graph: str, addresses: Mapping[str, int]) -> Any:
+        """A session replays what it captured under a number with the addresses of then, whatever is bound now: two
+        loops must not share one, but a later loop in the place of an earlier one may."""
+        if self._numbers is None or graph.endswith(START):
             return None
         import onnxruntime
 
+        call = graph, tuple(addresses.values())
         options = onnxruntime.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(1 + sum(name == graph for name, _ in self._calls)))
+        options.add_run_config_entry("gpu_graph_id", str(self._numbers.setdefault(call, len(self._numbers) + 1)))
         return options
 
     def _bind(self, graph: str, addresses: Mapping[str, int]) -> Any:
@@ -145,6 +160,50 @@ class RingEnqueuer(OrtEnqueuer):
                 dtype = _ONNX_TYPES[_TYPES[value.type]]
                 bind(value.name, "cuda", 0, dtype, list(value.shape), known[value.name])
         return binding
+
+    def close(self) -> None:
+        if self._sessions:
+            self._weights.close()
+        super().close()
+
+
+class KeptRegions:
+    """A CUDA layer that keeps the memory of a closed loop for the next one, which has the same size.
+
+    A session can forget no graph that it captured: streams that come and go must come to the same addresses, or each
+    would leave its graphs behind.
+    """
+
+    def __init__(self, cuda: CudaLayer) -> None:
+        self._cuda = cuda
+        self._size: int | None = None  # of a loop's region, the first thing that it asks for
+        self._regions: set[int] = set()
+        self._unused: list[int] = []
+        self._keeps = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cuda, name)
+
+    def malloc(self, nbytes: int) -> int:
+        self._size = self._size or nbytes
+        if nbytes != self._size:
+            return self._cuda.malloc(nbytes)
+        if self._unused:
+            return self._unused.pop()
+        self._regions.add(address := self._cuda.malloc(nbytes))
+        return address
+
+    def free(self, address: int) -> None:
+        if self._keeps and address in self._regions:
+            self._unused.append(address)
+        else:
+            self._cuda.free(address)
+
+    def give_back(self) -> None:
+        """Free what no loop uses, and from now on what is freed: the sessions go."""
+        self._keeps = False
+        while self._unused:
+            self._cuda.free(self._unused.pop())
 
 
 _Sizes = dict[str, tuple[str | None, int]]  # dtype, where it is known, and bytes

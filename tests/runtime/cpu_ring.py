@@ -23,7 +23,7 @@ class CpuRing(RingEnqueuer):
     spoil = -1
 
     def __init__(self, backend: Any, batch: int) -> None:
-        super().__init__(backend.contract, batch, backend.sessions, backend.layout, backend.weights, False)
+        super().__init__(backend.contract, batch, backend.sessions, backend.layout, backend.weights, None)
         self.cuda, self.used = backend.cuda, []
 
     def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpu_ring import CpuRingBackend
+from cpu_ring import CpuRing, CpuRingBackend
 
 import famexport as fx
 from famexport.checkpoint import init_checkpoint
 from famexport.config import preset
 from famexport.errors import BundleError, NonFiniteError
+from famexport.runtime.device import DeviceLoop
 from famexport.runtime.device_weights import parts
 from famexport.runtime.layout import START
 from famexport.runtime.session import Session
@@ -262,3 +263,64 @@ def test_a_chunk_that_is_not_finite_leaves_no_trace(exported: Callable[..., Path
                 list(device.feed([fed[:, :2]]))
             ring.backend.engine.spoil = -1
             assert close(next(device.feed([fed[:, :2]])), next(host.feed([fed[:, :2]])))
+
+
+def test_two_streams_and_a_closed_backend(exported: Callable[..., Path]) -> None:
+    """Each goes on from its own state, and neither loses the weights to the other or to a closed session."""
+    with fx.load(exported("plain"), "ort-cpu") as session:
+        backend = CpuRingBackend(session)
+        ring, rng = Session(session.bundle, backend), np.random.default_rng(8)
+        hosts, devices = ([s.stream() for _ in range(2)] for s in (session, ring))
+        for block in range(6):
+            for host, device in zip(hosts, devices, strict=True):
+                fed = blocks(session, rng)
+                assert close(device.step(fed), host.step(fed))
+            if block == 3:
+                backend.weights.close()  # what the backend does
+        devices[0].close()
+        fed = blocks(session, rng)
+        assert close(devices[1].step(fed), hosts[1].step(fed))
+        assert backend.cuda.live
+        devices[1].close()
+        assert not backend.cuda.live
+
+
+def test_a_captured_graph_belongs_to_its_addresses(exported: Callable[..., Path]) -> None:
+    """ONNX Runtime replays by number: a second stream must not get the first one's graphs, a later one in its place
+    must, since none can be forgotten."""
+    from famexport.runtime.ort_ring import KeptRegions
+
+    with fx.load(exported("plain"), "ort-cpu") as session:
+        backend, numbers = CpuRingBackend(session), dict[Any, int]()
+        kept = KeptRegions(backend.cuda)
+        used: list[dict[int, int]] = []
+
+        def loop() -> DeviceLoop:
+            engine = CpuRing(backend, 1)
+            engine._numbers, seen = numbers, {}
+            real = engine.enqueue
+
+            def enqueue(graph: str, addresses: Any, stream: int) -> None:
+                if options := engine._options(graph, addresses):
+                    seen[int(options.get_run_config_entry("gpu_graph_id"))] = addresses["present_fam_00"]
+                real(graph, addresses, stream)
+
+            engine.enqueue = enqueue  # type: ignore[method-assign]
+            used.append(seen)
+            made = DeviceLoop(session.contract, 1, engine, kept, layout=backend.layout)  # type: ignore[arg-type]
+            made.warm_up()
+            return made
+
+        first, second = loop(), loop()
+        turns = backend.layout.positions
+        assert len(used[0]) == len(used[1]) == turns
+        assert not set(used[0]) & set(used[1])
+        first.close()
+        third = loop()
+        assert used[2] == used[0]  # the same numbers, for the same addresses
+        kept.give_back()
+        for one in (second, third):
+            one.close()
+        backend.weights.close()
+        assert not backend.cuda.live
+        assert len(numbers) == 2 * turns
