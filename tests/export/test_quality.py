@@ -114,6 +114,7 @@ def test_smollm2_keeps_its_loss_in_int8_and_not_in_int4(tmp_path: Path, capsys: 
 
     checkpoint = tmp_path / "checkpoint"
     fx.convert_checkpoint(fetch_model(), checkpoint, block_size=128, memory_segments=3, fam_length=0)
+    capsys.readouterr()  # where the model had to be fetched, that was said
     assert _export(checkpoint, tmp_path / "int8", "--precision", "int8", "--json") == 0
     quality = json.loads(capsys.readouterr().out)["parity"]["quality"]
     print(quality)
