@@ -32,7 +32,9 @@ _TYPES = {
 
 def ring_files(bundle: Bundle) -> dict[str, Path]:
     """The graphs made for CUDA, as ``OrtCudaRing`` takes them; none where a bundle has none."""
-    own = {name: graph.variants for name, graph in bundle.manifest.graphs.items() if "ort-cuda" in graph.variants}
+    own = {name: graph.variants for name, graph in bundle.manifest.graphs.items()}
+    if not all({"ort-cuda", "ort-cuda-start"} <= set(variants) for variants in own.values()):
+        return {}
     return {
         name + suffix: bundle.file(variants["ort-cuda" + mark])
         for name, variants in own.items()
