@@ -154,7 +154,8 @@ class DeviceLoop(Loop):
             self._events = self._events or [self._cuda.event(), self._cuda.event()]
 
     def back_to_back(self, fed: np.ndarray, blocks: int) -> float | None:
-        if not self._captures:  # else the engine waits in each call
+        # Without capture the engine waits in each call; counts that the host keeps must not run ahead of their copies
+        if not self._captures or self._state.layout.counted:
             return None
         with self._cuda.lock:
             self._call(BLOCK, BLOCK, {self.contract.inputs[0].name: fed}, None)
@@ -170,6 +171,7 @@ class DeviceLoop(Loop):
         """Run every graph in every orientation and capture it. The first call does it; the state is as before after."""
         with self._cuda.lock:
             self._cuda.bind()
+            self._drop_graphs()
             self._cuda.prepare()
             saved = self._cuda.malloc(self._state.span)
             try:
@@ -281,7 +283,7 @@ class DeviceLoop(Loop):
             self._state.commit(self._done, rows, self._appended)
 
     def bad_rows(self, logits: np.ndarray | None = None, lengths: np.ndarray | None = None) -> list[int]:
-        bad = set(np.flatnonzero(self._flags[0]).tolist())
+        bad = set(np.flatnonzero(self._flags[0] * self._state.concerned(self._done)).tolist())
         if logits is not None and self._flags[1].any():  # in a position that counts?
             parts = [logits[row] if lengths is None else logits[row, : lengths[row]] for row in range(self.batch)]
             bad |= {row for row, part in enumerate(parts) if not is_finite(part)}

@@ -50,6 +50,13 @@ class DeviceState:
         """Whether every row is past what only a start graph does right."""
         return bool(self.kept[COUNT].min() >= self._most and (call != APPEND or self._has_fam.all()))
 
+    def concerned(self, call: str) -> np.ndarray:
+        """Which rows take over what ``call`` computes, bool [b]: commit_block those whose open block is full."""
+        if self.layout.counted and call == COMMIT:
+            full: np.ndarray = self.kept[OPEN_LENGTH] == self.contract.block_size
+            return full
+        return np.ones(self.batch, bool)
+
     @property
     def _most(self) -> int:
         return max(self.contract.memory_segments, 1)

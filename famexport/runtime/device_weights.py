@@ -46,13 +46,17 @@ class DeviceWeights:
         self._base = cuda.malloc(max(self.nbytes, 1))
         self.address = {name: self._base + offset for name, offset in offsets.items()}
         raw = np.memmap(file, np.uint8, "r")
-        for name in names:
-            at = self.address[name]
-            for part in parts(name):
-                entry = header[part]
-                cuda.copy_in(at, raw[entry.offset : entry.offset + entry.nbytes])
-                at += entry.nbytes
-        cuda.synchronize()
+        try:
+            for name in names:
+                at = self.address[name]
+                for part in parts(name):
+                    entry = header[part]
+                    cuda.copy_in(at, raw[entry.offset : entry.offset + entry.nbytes])
+                    at += entry.nbytes
+            cuda.synchronize()
+        except BaseException:
+            self.close()
+            raise
 
     def retain(self) -> None:
         """One more owner, who will ``close``."""

@@ -1,6 +1,8 @@
 """ONNX Runtime's CUDA provider with the graphs made for it: one copy of the weights, a ring of states, captured steps.
 
-ONNX Runtime itself captures each turn of the ring as a CUDA graph, which it can since every node runs on the device.
+ONNX Runtime itself captures each turn of the ring as a CUDA graph, which it can since every node runs on the device. It
+keeps what it captured, with contexts of CUDA's libraries, for each thread that ever ran a session: a stream that a new
+thread drives for every request captures again and its memory grows. Drive it from few threads.
 """
 
 from __future__ import annotations
@@ -139,19 +141,22 @@ class RingEnqueuer(OrtEnqueuer):
             taken, given = _sizes(layout, layout.graphs[name], batch)
             taken |= {weight: (None, size) for weight, size in weights.sizes.items()}
             problems = _problems(session.get_inputs(), taken) + _problems(session.get_outputs(), given)
+            absent = given.keys() - {value.name for value in session.get_outputs()}
+            problems += [f"it does not give {name}" for name in sorted(absent)]
             raise_problems(BundleError, f"the graph {name} made for CUDA", problems)
         weights.retain()
 
     def _options(self, graph: str, addresses: Mapping[str, int]) -> Any:
         """A session replays what it captured under a number with the addresses of then, whatever is bound now: two
         loops must not share one, but a later loop in the place of an earlier one may."""
-        if self._numbers is None or graph.endswith(START):
-            return None
         import onnxruntime
 
-        call = graph, tuple(addresses.values())
+        number = -1  # capture nothing and replay nothing: without a number a session that captures would take 0 for all
+        if self._numbers is not None and not graph.endswith(START):
+            call = graph, tuple(addresses.values())
+            number = self._numbers.setdefault(call, len(self._numbers) + 1)
         options = onnxruntime.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(self._numbers.setdefault(call, len(self._numbers) + 1)))
+        options.add_run_config_entry("gpu_graph_id", str(number))
         return options
 
     def _bind(self, graph: str, addresses: Mapping[str, int]) -> Any:

@@ -301,7 +301,8 @@ def test_a_captured_graph_belongs_to_its_addresses(exported: Callable[..., Path]
             real = engine.enqueue
 
             def enqueue(graph: str, addresses: Any, stream: int) -> None:
-                if options := engine._options(graph, addresses):
+                options = engine._options(graph, addresses)
+                if options.get_run_config_entry("gpu_graph_id") != "-1":
                     seen[int(options.get_run_config_entry("gpu_graph_id"))] = addresses["present_fam_00"]
                 real(graph, addresses, stream)
 
