@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from famexport.contract import OPEN_LENGTH, StepContract, TensorSpec
+from famexport.contract import OPEN_LENGTH, GraphIO, StepContract, TensorSpec
 from famexport.errors import ParityError
 from famexport.export.source import Source
 from famexport.runtime.backend import STORAGE, to_public, to_storage
@@ -34,14 +34,13 @@ def compare_calls(
     contract = what.contract
     backend = OrtCpu(contract, precision, graphs, weights)
     loop = backend.open(PARITY_BATCH if contract.batch == "dynamic" else None)
-    rng, size = np.random.default_rng(seed), contract.block_size
+    rng = np.random.default_rng(seed)
     state = _random_state(contract, loop.batch, rng)
     given: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
     fed: dict[str, np.ndarray] = {}
     for name in (n for n in contract.graph_names if n != "block_step"):
         io = contract.graph(name)
-        opened = size if io.chunk is None else min(size // 2, size - io.chunk)
-        loop.write({s.name: _stored(state[s.name], s) for s in contract.all_states} | _opened(opened, loop.batch))
+        loop.write({s.name: _stored(state[s.name], s) for s in contract.all_states} | _opened(contract, io, loop.batch))
         logits = np.zeros(io.logits.sized(loop.batch) if io.logits else 0, np.float32)
         if io.chunk:
             fed[name] = random_input(contract, loop.batch, io.chunk, rng)
@@ -57,8 +56,7 @@ def compare_calls(
     model, errors = what.model(), {}
     for name, (logits, new) in given.items():
         io = contract.graph(name)
-        opened = size if io.chunk is None else min(size // 2, size - io.chunk)
-        past = {k: torch.from_numpy(v) for k, v in (state | _opened(opened, len(state[OPEN_LENGTH]))).items()}
+        past = {k: torch.from_numpy(v) for k, v in (state | _opened(contract, io, loop.batch)).items()}
         with torch.no_grad():
             if io.chunk:
                 length = torch.full((len(fed[name]),), io.chunk)
@@ -78,8 +76,10 @@ def compare_calls(
     return errors
 
 
-def _opened(length: int, batch: int) -> dict[str, np.ndarray]:
-    return {OPEN_LENGTH: np.full(batch, length)}
+def _opened(contract: StepContract, io: GraphIO, batch: int) -> dict[str, np.ndarray]:
+    """How long the open block is before a call: full for commit_block, else with room for the chunk."""
+    size = contract.block_size
+    return {OPEN_LENGTH: np.full(batch, size if io.chunk is None else min(size // 2, size - io.chunk))}
 
 
 def _random_state(contract: StepContract, batch: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

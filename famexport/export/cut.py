@@ -73,6 +73,7 @@ def compare(
         block; and the golden rollout.
     """
     contract, plan = what.contract, plan_parity(what, blocks)
+    allowed = TOLERANCES[precision] if tolerance is None else tolerance
 
     def closed_loop(
         stage: str, source: Source, graphs: Mapping[str, Path], blocks: int, chunked: bool = False
@@ -88,7 +89,7 @@ def compare(
             loop,
             source.reference(),
             blocks=blocks,
-            tolerance=TOLERANCES[precision] if tolerance is None else tolerance,
+            tolerance=allowed,
             seed=seed,
             release=release,
             folder=graphs["block_step"].parent,
@@ -117,7 +118,6 @@ def compare(
     if cut:
         found["cut"] = cut
         if contract.chunks:
-            allowed = TOLERANCES[precision] if tolerance is None else tolerance
             found["calls"] = compare_calls(what, graphs, weights, precision, allowed, seed)
     else:
         by_chunks(what, graphs, found)

@@ -14,7 +14,7 @@ from famexport.runtime.backend import STORAGE, Loop
 from famexport.runtime.cuda import EXPONENTS, TABLE_ROW, table_entry
 from famexport.runtime.device_state import ALIGNMENT, APPEND, BLOCK, COMMIT, DeviceState, Turn, aligned
 from famexport.runtime.enqueue import CudaLayer, Enqueuer
-from famexport.runtime.host import is_finite
+from famexport.runtime.host import nonfinite_rows
 from famexport.runtime.layout import HOST, START, Layout, Stored, plain_layout
 
 Key = tuple[str, Turn]
@@ -162,7 +162,7 @@ class DeviceLoop(Loop):
             self._state.commit(BLOCK, None, self._appended)
             start = perf_counter()
             for _ in range(blocks):
-                self._submit(self._key(self._for_now(BLOCK, BLOCK), self._state.turn))
+                self._submit(self._key(BLOCK, self._state.turn))
                 self._state.commit(BLOCK, None, self._appended)
             self._cuda.synchronize()
             return perf_counter() - start
@@ -285,8 +285,7 @@ class DeviceLoop(Loop):
     def bad_rows(self, logits: np.ndarray | None = None, lengths: np.ndarray | None = None) -> list[int]:
         bad = set(np.flatnonzero(self._flags[0] * self._state.concerned(self._done)).tolist())
         if logits is not None and self._flags[1].any():  # in a position that counts?
-            parts = [logits[row] if lengths is None else logits[row, : lengths[row]] for row in range(self.batch)]
-            bad |= {row for row, part in enumerate(parts) if not is_finite(part)}
+            bad |= nonfinite_rows(logits, lengths)
         return sorted(bad)
 
     def tensor(self, name: str, row: int | None = None) -> np.ndarray:

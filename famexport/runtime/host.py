@@ -50,14 +50,11 @@ class HostLoop(Loop):
     def bad_rows(self, logits: np.ndarray | None = None, lengths: np.ndarray | None = None) -> list[int]:
         if (logits is None or is_finite(logits)) and self._state_is_finite():
             return []
-        bad = []
-        for row in range(self.batch):
-            parts = [array[row] for _, new in self._pairs() for array in new.values()]
-            if logits is not None:
-                parts.append(logits[row] if lengths is None else logits[row, : lengths[row]])
-            if not all(map(is_finite, parts)):
-                bad.append(row)
-        return bad
+        bad = set() if logits is None else nonfinite_rows(logits, lengths)
+        for row in set(range(self.batch)) - bad:
+            if not all(is_finite(array[row]) for _, new in self._pairs() for array in new.values()):
+                bad.add(row)
+        return sorted(bad)
 
     def _state_is_finite(self) -> bool:
         """Of all that the last call computed, in one pass each."""
@@ -115,6 +112,12 @@ def allocate(specs: Sequence[TensorSpec], batch: int) -> tuple[Arrays, list[np.n
         if dtype in ("float32", "float16", "bfloat16"):
             flats.append(flat)
     return arrays, flats
+
+
+def nonfinite_rows(logits: np.ndarray, lengths: np.ndarray | None) -> set[int]:
+    """Rows of logits [b, n, V] with NaN or infinity, in the first ``lengths`` positions of each where that is given."""
+    parts = [logits[row] if lengths is None else logits[row, : lengths[row]] for row in range(len(logits))]
+    return {row for row, part in enumerate(parts) if not is_finite(part)}
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from famexport.contract import OPEN_LENGTH, StepContract, TensorSpec
 from famexport.errors import FamExportError
 from famexport.runtime.backend import STORAGE, Loop
-from famexport.runtime.host import is_finite
+from famexport.runtime.host import is_finite, nonfinite_rows
 
 
 class TorchCalls(Protocol):
@@ -164,8 +164,7 @@ class TorchLoop(Loop):
             each = [~tensor.isfinite().flatten(1).all(1) for tensor in self._floating().values()]
             bad |= set(self._torch.stack(each).any(0).nonzero().flatten().tolist())
         if logits is not None:
-            parts = [logits[row] if lengths is None else logits[row, : lengths[row]] for row in range(self.batch)]
-            bad |= {row for row, part in enumerate(parts) if not is_finite(part)}
+            bad |= nonfinite_rows(logits, lengths)
         return sorted(bad)
 
     def _is_finite(self, tensor: Any) -> bool:
