@@ -51,6 +51,12 @@ def convert(
         opt.Dtype | None, typer.Option(help="Dtype of the weights.", show_default="the source's own")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompt embeddings where the source has none.")] = 0,
+    lora: Annotated[
+        Path | None,
+        typer.Option(
+            help="A LoRA adapter in PEFT's form to merge into the weights.", metavar="DIR", show_default="none"
+        ),
+    ] = None,
     quiet: opt.Quiet = False,
     json: opt.Json = False,
 ) -> None:
@@ -67,26 +73,33 @@ def convert(
             fam_length=fam_length,
             dtype=dtype.value if dtype else None,
             seed=seed,
+            lora=lora,
             progress=report.one("weights"),
         )
     for note in notes:
         if issubclass(note.category, UserWarning):
             err.print(f"note: {note.message}", markup=False)
-    _say_checkpoint(output, quiet, json)
+    merged = None
+    if lora is not None:
+        from famexport.convert.lora import read_adapter, summary
+
+        merged = summary(read_adapter(lora))
+    _say_checkpoint(output, quiet, json, merged)
 
 
-def _say_checkpoint(path: Path, quiet: bool, json: bool) -> None:
+def _say_checkpoint(path: Path, quiet: bool, json: bool, lora: dict[str, Any] | None = None) -> None:
     from famexport.inspection import inspect
 
     facts = inspect(path)
     if json:
-        print_json({"checkpoint": str(path), **facts})
+        print_json({"checkpoint": str(path), **facts, **({"lora": lora} if lora else {})})
     elif not quiet:
         config = facts["config"]
         trained = "" if facts["fam_trained"] or not config["fam_length"] else ", FAM not trained"
+        merged = f", LoRA merged into {lora['weights']} weights" if lora else ""
         out.print(
             f"{path}: {facts['parameters'] / 1e6:.1f}M parameters, {facts['dtype']}, {size(facts['bytes'])}, "
-            f"T={config['block_size']} M={config['memory_segments']} F={config['fam_length']}{trained}",
+            f"T={config['block_size']} M={config['memory_segments']} F={config['fam_length']}{trained}{merged}",
             markup=False,
         )
 

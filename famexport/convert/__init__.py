@@ -28,6 +28,7 @@ def convert(
     fam_query_position: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
+    lora: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Make a checkpoint of an existing model, one tensor in memory at a time.
@@ -39,13 +40,16 @@ def convert(
             what the source's ``"fam"`` object says, or takes the default.
         dtype: float32, float16 or bfloat16 for all weights; None keeps each tensor's (quantised ones become float16).
         seed: of the prompt embeddings, where the source has none.
+        lora: a directory with a LoRA adapter in PEFT's form, merged into the weights. It may carry prompt embeddings,
+            which replace the source's, and a ``"fam"`` object in its configuration: settings that are taken where
+            none are given.
         progress: called with (bytes written, bytes in all).
     Returns:
         The path of the checkpoint.
     Raises:
         UsageError: no such source, or a target that would overwrite it.
         UnsupportedModelError: an architecture or option that famexport does not implement.
-        CheckpointError: damaged weights or tokenizer.
+        CheckpointError: damaged weights or tokenizer, or an adapter that cannot be merged.
     """
     fam = {
         "block_size": block_size,
@@ -53,13 +57,21 @@ def convert(
         "fam_length": fam_length,
         "fam_query_position": fam_query_position,
     }
-    options = Options({k: v for k, v in fam.items() if v is not None}, dtype, seed, progress)
+    adapter = None
+    if lora is not None:
+        from famexport.convert.lora_file import read_adapter
+
+        adapter = read_adapter(Path(lora))
+    options = Options({k: v for k, v in fam.items() if v is not None}, dtype, seed, progress, adapter)
     path, target = Path(source), Path(target)
     if not path.exists():
         path = _from_hub(str(source))
-    here = path.resolve()
-    if target.resolve() in (here, *here.parents):
-        raise UsageError(f"the checkpoint {target} would replace its own source {path}; give another path with -o")
+    for origin in (path, *([adapter.path] if adapter else [])):
+        here = origin.resolve()
+        if target.resolve() in (here, *here.parents):
+            raise UsageError(
+                f"the checkpoint {target} would replace its own source {origin}; give another path with -o"
+            )
     if path.is_dir():
         from famexport.convert.hf import convert_directory
 

@@ -14,6 +14,8 @@ from famexport.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from famexport.convert.lora_file import Adapter
+
 DEFAULT_BLOCK_SIZE = 128
 DEFAULT_MEMORY_SEGMENTS = 3
 DEFAULT_FAM_LENGTH = 16
@@ -33,10 +35,24 @@ class Options:
     dtype: str | None = None
     seed: int = 0
     progress: Callable[[int, int], None] | None = None
+    lora: Adapter | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    def fam_over(self, source: Mapping[str, Any]) -> dict[str, Any]:
+        """The FAM settings that go before the ``source``'s own: those of a LoRA adapter, then those asked for."""
+        if self.lora is None:
+            return dict(self.fam)
+        from famexport.convert.lora import fam_settings
+
+        return fam_settings(self.lora, source, self.fam)
+
+    @property
+    def brings_embeddings(self) -> bool:
+        """Whether the prompt embeddings are those of a LoRA adapter, trained with it."""
+        return self.lora is not None and self.lora.embeddings is not None
 
 
 def write_converted(
@@ -49,12 +65,16 @@ def write_converted(
     fam_trained: bool = False,
     extra: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write a checkpoint, sampling the prompt embeddings where the source has none.
+    """Write a checkpoint, a LoRA adapter merged in, sampling the prompt embeddings where there are none.
 
     Args:
         dtypes: each of the source's weights and the dtype it has, or takes where the options name none.
         load: gives one weight by name in a dtype.
     """
+    if options.lora:
+        from famexport.convert.lora import merged
+
+        dtypes, load = merged(options.lora, config, dtypes, load)
     wanted = {name: options.dtype or dtype for name, dtype in dtypes.items()}
     sampled: dict[str, Tensor] = {}
     if config.fam_length and FAM_WEIGHT not in dtypes:
@@ -65,6 +85,7 @@ def write_converted(
     def weight(name: str) -> Tensor:
         return sampled[name] if name in sampled else load(name, wanted[name])
 
+    fam_trained = fam_trained or options.brings_embeddings
     return write_checkpoint(
         target, config, wanted, weight, fam_trained=fam_trained, extra=extra, progress=options.progress
     )

@@ -70,7 +70,7 @@ def convert_gguf(source: Path, target: Path, options: Options) -> Path:
     except OSError as exc:
         raise UsageError(f"cannot read {source}: {exc.strerror}") from exc
     _check_kinds(file)
-    config = gguf_config(file, options.fam)
+    config = gguf_config(file, options.fam_over({}))
     tensors = {_hf_name(name): tensor for name, tensor in file.tensors.items()}
     dtypes = {name: _KEPT.get(tensor.kind, "float16") for name, tensor in tensors.items()}
     entries = {name: TensorEntry(name, dtypes[name], tensor.shape) for name, tensor in tensors.items()}

@@ -36,8 +36,9 @@ def convert_directory(source: Path, target: Path, options: Options) -> Path:
     stored: dict[str, Any] = data["fam"] if isinstance(data.get("fam"), dict) else {}
     embeddings = tensors.get(FAM_WEIGHT)
     present = {"fam_length": embeddings.shape[0]} if embeddings and embeddings.shape else {}
-    config = config_from_hf(data, {**DEFAULTS, **present, **stored, **options.fam})
-    if config.fam_length == 0:
+    own = {**present, **stored}
+    config = config_from_hf(data, {**DEFAULTS, **own, **options.fam_over(own)})
+    if config.fam_length == 0 or options.brings_embeddings:
         tensors.pop(FAM_WEIGHT, None)
     elif present and "fam_length" in options.fam and present["fam_length"] != config.fam_length:
         raise UsageError(
