@@ -10,7 +10,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 demo: $(READY)
-	$(BIN)/python samples/demo.py
+	$(BIN)/python -m samples.demo
 
 lint: $(READY)
 	$(BIN)/ruff check .

