@@ -3,8 +3,8 @@
 SmolLM2-135M-Instruct comes as a GGUF file inside a wheel; the text is Python's own documentation. The model is
 converted and exported twice: F=0 is Block Sliding Window Attention, F=16 adds FAM with prompt embeddings that nobody
 has trained, so FAM's loss is that of an untrained memory and shows nothing but that the step runs. Then the first one
-answers two questions, token by token. Last comes the memory that training gives: two small models, with FAM and without,
-are asked for a key that was said 50,000 tokens before.
+answers two questions, token by token. Last comes the memory that training gives: two small models, with FAM and
+without, are asked for a key that was said 50,000 tokens before.
 Each step is a command that can be typed; the run is a process of its own, so its memory is what a device would need.
 The last line of stdout is one JSON object.
 """

@@ -1,4 +1,4 @@
-"""The memory proof of `make demo`: a key hidden at the start of a long text, asked for at its end, with and without FAM.
+"""The memory proof of `make demo`: a key hidden at the start of a long text and asked for at its end.
 
 The two checkpoints in this folder have the same sizes and were trained the same way, one with FAM and no cached block,
 the other with F=0 and one cached block. Both are exported here, and both read the text through ``famexport run``.
