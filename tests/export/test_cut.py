@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from famexport.checkpoint import open_checkpoint
@@ -14,7 +15,7 @@ from famexport.errors import ParityError
 from famexport.export import cut, parity, pipeline
 from famexport.export.pipeline import export_bundle
 from famexport.export.source import checkpoint_source
-from famexport.runtime.ort import OrtLoop
+from famexport.runtime.ort import OrtCpu, OrtLoop
 from tests.export.helpers import BASE, random_weights, save
 
 CONFIG = replace(BASE, num_hidden_layers=3)
@@ -139,3 +140,33 @@ def test_a_graph_of_the_open_block_that_reads_another_layers_weight_is_found(
     with pytest.raises(ParityError, match=f"exported {graph} differs"):
         export_bundle(checkpoint, tmp_path / "bundle", graphs="all", chunks=(1, 4), **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_large_float16_weights_are_compared_without_being_folded(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = export_bundle(checkpoint, tmp_path / "plain", precision="fp16", graphs="all", chunks=(3,), parity_blocks=3)
+    loaded: list[Path] = []
+
+    def noted(contract: Any, precision: str, graphs: Any, weights: Any) -> OrtCpu:
+        loaded.extend(graphs.values())
+        return OrtCpu(contract, precision, graphs, weights)
+
+    monkeypatch.setattr(cut, "OrtCpu", noted)
+    monkeypatch.setattr(cut, "UNFOLDED_BYTES", 1)
+    other = export_bundle(checkpoint, tmp_path / "other", precision="fp16", graphs="all", chunks=(3,), parity_blocks=3)
+    assert loaded
+    assert all(path.name.startswith("unfolded.") for path in loaded)
+    assert other.manifest.files == plain.manifest.files  # golden rollout too: the same results, no copy left behind
+    assert {path.name for path in other.path.iterdir()} == {path.name for path in plain.path.iterdir()}
+
+
+def test_an_unfolded_graph_has_the_same_nodes_and_its_weights_as_inputs(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", precision="fp16", parity_blocks=2)
+    graph = bundle.path / "block_step.onnx"
+    copy = ir.load(cut.unfolded(graph)).graph
+    plain = ir.load(graph).graph
+    assert [str(node) for node in copy] == [str(node) for node in plain]
+    added = [v.name for v in copy.inputs][len(plain.inputs) :]
+    assert added == [v.name for v in plain.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+    assert len(added) > 20
