@@ -4,8 +4,9 @@
 
 The key is said in the first block, the question comes at the end; filler and keys come from the seed. The right answer
 is fed while it is asked for: an answer is exact under that if and only if it is exact when generated greedily.
-``--sabotage zero`` clears FAM after every block, ``--sabotage hold`` never feeds ``present_fam`` back after the first
-block: a memory that is one must be lost by either. Needs no torch. The last line of stdout is one JSON object.
+``--sabotage zero`` clears FAM after every block; ``--sabotage hold`` puts a block of filler first and never feeds
+``present_fam`` back after that: a memory that is one must be lost by either. Needs no torch. The last line of stdout is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -73,6 +74,9 @@ def measure(
     """Recall of one length."""
     size = session.contract.block_size
     exam = task.exam(kind, length, keys, seed, size)
+    if sabotage == "hold":  # what is held is the FAM of a block without the key
+        first = np.stack([task.filler(kind, "test", size, seed + i) for i in range(keys)])
+        exam = Exam(np.concatenate([first, exam.tokens], 1), exam.begins + size, exam.answers)
     fixed = session.contract.batch
     rows = ROWS if isinstance(fixed, str) else fixed
     began, found, facts = time.monotonic(), [], {}

@@ -2,7 +2,7 @@
 
 The text form is that of the paper (arXiv 2404.09173, section 4.2, after Mohtashami and Jaggi 2023); the compact form
 says the same in a few characters. Everything random comes from seeds, and what training and evaluation draw from never
-meets: other seeds, other topics of the documentation, other made-up words.
+meets: other seeds, other lines of the documentation, another made-up vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -22,6 +23,7 @@ FILLERS = ("paper", "words", "docs")
 PAPER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 CONSONANTS = ["b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "st", "tr", "pl"]
 WORDS, NUMBERS = 2000, 0.04  # of the made-up vocabulary; share of numbers among its words
+SHARED = 28  # characters in a row that no line of the documentation for tests has from that for training
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,23 @@ class Task:
 
 
 def _documentation(split: str, rng: np.random.Generator) -> str:
+    texts = _topics(split)
+    return "\n".join(texts[i] for i in rng.permutation(len(texts)))
+
+
+@cache
+def _topics(split: str) -> list[str]:
+    """Topics by the hash of their names. They repeat passages of each other: lines that training sees test nothing."""
     names = [name for name in sorted(topics) if hashlib.sha256(name.encode()).digest()[0] % 2 == (split == "test")]
-    return "\n".join(topics[names[i]] for i in rng.permutation(len(names)))
+    if split == "train":
+        return [topics[name] for name in names]
+    text = "\n".join(_topics("train"))
+    seen = {*_pieces(text), *text.split("\n")} - {""}
+    return ["\n".join(ln for ln in topics[n].split("\n") if seen.isdisjoint([ln, *_pieces(ln)])) for n in names]
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[i : i + SHARED] for i in range(len(text) - SHARED + 1)]
 
 
 def _sentences(characters: int, rng: np.random.Generator) -> str:
