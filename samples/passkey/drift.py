@@ -12,7 +12,6 @@ object.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 import famexport as fx
 from famexport.runtime.process import device_facts, rss_bytes, versions
-from samples.passkey.evaluate import bundle_task
+from samples.passkey.evaluate import bundle_task, finish
 from samples.passkey.task import DIGITS, FILLERS, FORMS, Exam, Ids, Task
 
 TILE = 256  # blocks of filler that are drawn at once
@@ -167,9 +166,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
             "device": device_facts(),
             "versions": versions(),
         }
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, sort_keys=True))
+    finish(report, options.out)
     return report
 
 

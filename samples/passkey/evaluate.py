@@ -142,10 +142,15 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         "device": device_facts(),
         "versions": versions(),
     }
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, sort_keys=True))
+    finish(report, options.out)
     return report
+
+
+def finish(report: dict[str, Any], out: Path | None) -> None:
+    """The report to a file, where one is wanted, and to stdout as its last line."""
+    if out:
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, sort_keys=True))
 
 
 if __name__ == "__main__":
