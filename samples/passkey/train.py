@@ -1,7 +1,7 @@
 """Train a small FAM model, or the same without FAM, to keep a pass key: truncated backpropagation through blocks.
 
     python -m samples.passkey.train -o CHECKPOINT --minutes 9
-    python -m samples.passkey.train -o ADAPTER --start BASE --lora 32 --minutes 9
+    python -m samples.passkey.train -o ADAPTER --start BASE --lora 24 --minutes 9
 
 ``--start`` goes on from a checkpoint; block size, memory segments and the like may differ from its own, as no weight
 depends on them. With ``--lora`` its weights stay, and an adapter is written. How streams are trained: ``streams.py``.
