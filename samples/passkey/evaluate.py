@@ -75,17 +75,13 @@ def measure(
     size = session.contract.block_size
     exam = task.exam(kind, length, keys, seed, size)
     if sabotage == "hold":  # what is held is the FAM of a block without the key
-        first = np.stack([task.filler(kind, "test", size, seed + i) for i in range(keys)])
-        exam = Exam(np.concatenate([first, exam.tokens], 1), exam.begins + size, exam.answers)
+        before = np.stack([task.filler(kind, "test", size, seed + i) for i in range(keys)])
+        exam = Exam(np.concatenate([before, exam.tokens], 1), exam.begins + size, exam.answers)
     fixed = session.contract.batch
-    rows = ROWS if isinstance(fixed, str) else fixed
+    rows = min(ROWS, keys) if isinstance(fixed, str) else fixed
     began, found, facts = time.monotonic(), [], {}
     for first in range(0, keys, rows):
-        take = (
-            np.arange(first, first + rows) % keys
-            if not isinstance(fixed, str)
-            else np.arange(first, min(first + rows, keys))
-        )
+        take = np.arange(first, first + rows) % keys  # what is one too many is dropped below
         part, facts = answered(session, Exam(exam.tokens[take], exam.begins[take], exam.answers[take]), sabotage)
         found.append(part)
     right = np.concatenate(found)[:keys] == exam.answers

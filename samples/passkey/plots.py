@@ -9,16 +9,18 @@ norm of FAM in each layer over blocks. The same reports give the same bytes. Nee
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from samples.drawing import svg
 
 Report = Mapping[str, Any]
 
 RECALL, NORM = "memory-recall.svg", "memory-norm.svg"
+HEIGHT = 4.2  # inches
 # Okabe and Ito's colours, which the colour-blind tell apart; form and width differ as well, as lines may coincide
 COLORS = {"fp32": "#0072b2", "fp16": "#e69f00", "bf16": "#009e73", "int8": "#cc79a7", "int4": "#56b4e9"}
 MARKERS = {"fp32": "o", "fp16": "s", "bf16": "^", "int8": "D", "int4": "v"}
@@ -71,6 +73,7 @@ def labels(lines: Sequence[Line]) -> list[str]:
 def draw_recall(figure: Any, reports: Sequence[Report]) -> None:
     from matplotlib.ticker import NullLocator
 
+    figure.set_size_inches(6.8, HEIGHT)
     lines = recall_lines(reports)
     axis = figure.subplots()
     for i, (line, label) in enumerate(zip(lines, labels(list(lines)), strict=True)):
@@ -104,6 +107,7 @@ def draw_norm(figure: Any, reports: Sequence[Report]) -> None:
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    figure.set_size_inches(1.4 + 4.2 * len(reports), HEIGHT)
     panels = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
     for axis, report in zip(panels, reports, strict=True):
         looks = report["looks"]
@@ -133,23 +137,6 @@ def draw_norm(figure: Any, reports: Sequence[Report]) -> None:
     panels[0].set_ylim(min(low, middle / 10**0.5), max(high, middle * 10**0.5))
 
 
-def svg(draw: Callable[[Any, Sequence[Report]], None], reports: Sequence[Report], width: float) -> bytes:
-    """What ``draw`` makes of the reports; the same bytes for the same."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise SystemExit("the plots need matplotlib: pip install matplotlib") from exc
-    settings: Any = {"svg.hashsalt": "famexport", "svg.fonttype": "none", "font.size": 9}
-    settings |= {"axes.spines.top": False, "axes.spines.right": False}
-    with rc_context(settings):
-        figure = Figure(figsize=(width, 4.2), layout="constrained")
-        draw(figure, reports)
-        data = io.BytesIO()
-        figure.savefig(data, format="svg", metadata={"Date": None})
-    return data.getvalue()
-
-
 def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--evaluation", type=Path, nargs="+", default=[], help="reports of evaluate.py")
@@ -166,11 +153,11 @@ def main(words: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     evaluations, drifts = ([json.loads(path.read_text()) for path in p] for p in (options.evaluation, options.drift))
     if evaluations:
-        (options.out / RECALL).write_bytes(svg(draw_recall, evaluations, 6.8))
+        (options.out / RECALL).write_bytes(svg(lambda figure: draw_recall(figure, evaluations)))
         print(options.out / RECALL)
     drifts = [report for report in drifts if report["fam_length"]]  # without FAM there is no norm
     if drifts:
-        (options.out / NORM).write_bytes(svg(draw_norm, drifts, 1.4 + 4.2 * len(drifts)))
+        (options.out / NORM).write_bytes(svg(lambda figure: draw_norm(figure, drifts)))
         print(options.out / NORM)
 
 

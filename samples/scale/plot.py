@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from samples import drawing
 
 Report = Mapping[str, Any]
 
@@ -21,40 +22,34 @@ def svg(reports: Sequence[Report]) -> bytes:
 
     The same reports give the same bytes.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import NullLocator
-    except ImportError as exc:
-        raise SystemExit("the plot needs matplotlib: pip install matplotlib") from exc
+    return drawing.svg(lambda figure: _columns(figure, reports))
+
+
+def _columns(figure: Any, reports: Sequence[Report]) -> None:
+    from matplotlib.ticker import NullLocator
 
     presets = list(dict.fromkeys(report["preset"] for report in reports))
-    with rc_context({"svg.hashsalt": "famexport", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}):
-        figure = Figure(figsize=(4 * len(presets), 6.4), layout="constrained")
-        axes = figure.subplots(2, len(presets), squeeze=False)
-        for (time, memory), preset in zip(axes.T, presets, strict=True):
-            for report in (report for report in reports if report["preset"] == preset):
-                _draw(time, memory, report)
-            k, seconds, used = ([point[i] for point in PAPER] for i in range(3))
-            style = {"color": "#777777", "marker": "s", "markersize": 4, "linestyle": ":", "label": "the paper, TPUv4"}
-            time.plot([tokens / 1e3 for tokens in k], seconds, **style)
-            memory.plot([tokens / 1e3 for tokens in k], used, **style)
-            time.set_title(preset)
-            memory.set_xlabel("thousand tokens")
-            memory.set_ylim(bottom=0)
-            time.set(xscale="log", yscale="log")
-            time.set_xticks(TICKS, labels=map(str, TICKS), minor=False)
-            time.xaxis.set_minor_locator(NullLocator())
-            for axis in (time, memory):
-                axis.spines["right"].set_visible(False)
-                axis.grid(alpha=0.25)
-        axes[0, 0].set_ylabel("seconds")
-        axes[1, 0].set_ylabel("memory in use, GB")
-        axes[0, 0].legend(frameon=False)
-        figure.suptitle(" · ".join(dict.fromkeys(_where(report) for report in reports)), fontsize=9)
-        data = io.BytesIO()
-        figure.savefig(data, format="svg", metadata={"Date": None})
-    return data.getvalue()
+    figure.set_size_inches(4 * len(presets), 6.4)
+    axes = figure.subplots(2, len(presets), squeeze=False)
+    for (time, memory), preset in zip(axes.T, presets, strict=True):
+        for report in (report for report in reports if report["preset"] == preset):
+            _draw(time, memory, report)
+        k, seconds, used = ([point[i] for point in PAPER] for i in range(3))
+        style = {"color": "#777777", "marker": "s", "markersize": 4, "linestyle": ":", "label": "the paper, TPUv4"}
+        time.plot([tokens / 1e3 for tokens in k], seconds, **style)
+        memory.plot([tokens / 1e3 for tokens in k], used, **style)
+        time.set_title(preset)
+        memory.set_xlabel("thousand tokens")
+        memory.set_ylim(bottom=0)
+        time.set(xscale="log", yscale="log")
+        time.set_xticks(TICKS, labels=map(str, TICKS), minor=False)
+        time.xaxis.set_minor_locator(NullLocator())
+        for axis in (time, memory):
+            axis.grid(alpha=0.25)
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("memory in use, GB")
+    axes[0, 0].legend(frameon=False)
+    figure.suptitle(" · ".join(dict.fromkeys(_where(report) for report in reports)), fontsize=9)
 
 
 def _draw(time: Any, memory: Any, report: Report) -> None:
