@@ -12,6 +12,7 @@ object.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 import famexport as fx
 from famexport.runtime.process import device_facts, rss_bytes, versions
-from samples.passkey.evaluate import bundle_task, finish
+from samples.passkey.evaluate import bundle_task, save
 from samples.passkey.task import DIGITS, FILLERS, FORMS, Exam, Ids, Task
 
 TILE = 256  # blocks of filler that are drawn at once
@@ -131,7 +132,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--form", choices=FORMS, default="text")
     parser.add_argument("--filler", choices=FILLERS, default="docs")
     parser.add_argument("--backend", default="ort-cpu")
-    parser.add_argument("--out", type=Path, help="the report, JSON")
+    parser.add_argument("--out", type=Path, help="the report, JSON, written at every look")
     options = parser.parse_args(words)
     if options.blocks < 1 or options.rows < 1:
         parser.error("--blocks and --rows must be 1 or more")
@@ -142,16 +143,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     options = arguments(words)
     found: list[dict[str, Any]] = []
     with fx.load(options.bundle, backend=options.backend) as session:
-        task = bundle_task(session, options.form)
-        for look in drift(session, task, options.filler, options.blocks, options.rows, options.seed):
-            found.append(look)
-            norms = " ".join(f"{norm:.1f}" for norm in look["fam_norm"]) or "none"
-            print(
-                f"{look['blocks']:,} blocks, {look['tokens']:,} tokens: FAM norm {norms}, {look['exact']:.0%} of keys "
-                f"exact, {look['rss_bytes'] / 1e6:.0f} MB, {look['latency_ms_p50']:.1f} ms a block",
-                flush=True,
-            )
-        manifest = session.bundle.manifest
+        task, manifest = bundle_task(session, options.form), session.bundle.manifest
         report = {
             "bundle": options.bundle.name,
             "precision": manifest.precision,
@@ -166,7 +158,16 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
             "device": device_facts(),
             "versions": versions(),
         }
-    finish(report, options.out)
+        for look in drift(session, task, options.filler, options.blocks, options.rows, options.seed):
+            found.append(look)
+            norms = " ".join(f"{norm:.1f}" for norm in look["fam_norm"]) or "none"
+            print(
+                f"{look['blocks']:,} blocks, {look['tokens']:,} tokens: FAM norm {norms}, {look['exact']:.0%} of keys "
+                f"exact, {look['rss_bytes'] / 1e6:.0f} MB, {look['latency_ms_p50']:.1f} ms a block",
+                flush=True,
+            )
+            save(report, options.out)
+    print(json.dumps(report, sort_keys=True))
     return report
 
 

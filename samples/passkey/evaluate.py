@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import famexport as fx
+from famexport.publish import atomic_write
 from famexport.runtime.feeding import bundle_tokenizer
 from famexport.runtime.process import device_facts, rss_bytes, versions
 from samples.passkey.task import DIGITS, FILLERS, FORMS, Exam, Ids, Task
@@ -108,13 +109,22 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--filler", choices=FILLERS, action="append", help="docs unless given")
     parser.add_argument("--sabotage", choices=("zero", "hold"))
     parser.add_argument("--backend", default="ort-cpu")
-    parser.add_argument("--out", type=Path, help="the report, JSON")
+    parser.add_argument("--out", type=Path, help="the report, JSON, written after every result")
     return parser.parse_args(words)
 
 
 def main(words: list[str] | None = None) -> dict[str, Any]:
     options = arguments(words)
     results: list[dict[str, Any]] = []
+    report = {
+        "seed": options.seed,
+        "form": options.form,
+        "sabotage": options.sabotage,
+        "backend": options.backend,
+        "results": results,
+        "device": device_facts(),
+        "versions": versions(),
+    }
     for path in options.bundles:
         with fx.load(path, backend=options.backend) as session:
             task = bundle_task(session, options.form)
@@ -129,24 +139,15 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
                         f"{line['exact']:.0%} exact, {line['digits']:.0%} of digits, {line['seconds']:.0f} s",
                         flush=True,
                     )
-    report = {
-        "seed": options.seed,
-        "form": options.form,
-        "sabotage": options.sabotage,
-        "backend": options.backend,
-        "results": results,
-        "device": device_facts(),
-        "versions": versions(),
-    }
-    finish(report, options.out)
+                    save(report, options.out)
+    print(json.dumps(report, sort_keys=True))
     return report
 
 
-def finish(report: dict[str, Any], out: Path | None) -> None:
-    """The report to a file, where one is wanted, and to stdout as its last line."""
+def save(report: dict[str, Any], out: Path | None) -> None:
+    """The report to a file, where one is wanted."""
     if out:
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, sort_keys=True))
+        atomic_write(out, json.dumps(report, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":
