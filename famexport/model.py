@@ -184,15 +184,15 @@ class FamModel(nn.Module):
             with torch.no_grad():
                 self.fam_init = self.initial_fam()
 
-    def step(self, inputs: Tensor, state: State, logits: str = "all") -> tuple[Tensor, State]:
+    def step(self, inputs: Tensor, state: State, logits: str | Tensor = "all") -> tuple[Tensor, State]:
         """One block.
 
         Args:
             inputs: token ids int64 [b, T], or embeddings [b, T, D].
             state: ``past_*`` tensors as in the contract; all zeros is a fresh stream.
-            logits: "all" gives every row, "last" the last only.
+            logits: "all" gives every row, "last" the last only; positions int64 [b, n] those, for training.
         Returns:
-            logits float32 [b, T or 1, V] and the new state, under the same ``past_*`` names.
+            logits float32 [b, T, 1 or n, V] and the new state, under the same ``past_*`` names.
         """
         c, count = self.config, state["past_count"]
         x, mask = self._embed(inputs), self._token_mask(count)
@@ -204,7 +204,11 @@ class FamModel(nn.Module):
             if memory is not None:
                 new[f"past_key_{i:02d}"] = torch.cat([memory[0][:, :, c.block_size :], k], 2)
                 new[f"past_value_{i:02d}"] = torch.cat([memory[1][:, :, c.block_size :], v], 2)
-        return self._logits(x[:, -1:] if logits == "last" else x), new
+        if isinstance(logits, Tensor):
+            x = x.gather(1, logits[..., None].expand(-1, -1, c.hidden_size))
+        elif logits == "last":
+            x = x[:, -1:]
+        return self._logits(x), new
 
     forward = step
 

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from famexport.model import FamModel, State
+from samples.passkey import lora
 from samples.passkey.task import DIGITS, FILLERS, Task
 
 PASSED_ON = 0.8  # how often a new key meets the state of the stream before
@@ -24,6 +26,7 @@ MIXTURE = (0.2, 0.4, 0.4)  # of FILLERS; a stream keeps to one
 CORPUS = 2_000_000  # tokens of each
 ACROSS = 0.06  # of questions whose answer crosses the end of a block
 IN_BLOCK = 0.1  # of streams whose question comes in the same block as a statement
+SAMPLED = 64  # tokens of a block that a pretrained model predicts in training
 SHORT, SHORT_LIFE = 1 / 4, 16  # share of streams that live so few blocks at most, so that writing is practised, too
 
 
@@ -32,7 +35,7 @@ class Options:
     rows: int
     oldest: int  # blocks that a stream may live
     noise: float  # on FAM at the start of a step, relative to its root mean square
-    language: bool = True  # whether to model the filler as well
+    pretrained: bool = False  # a large model that is adapted: see ``Streams``
     seed: int = 0
 
 
@@ -70,13 +73,18 @@ class Text:
 
 
 class Streams:
+    """A pretrained model is treated otherwise: FAM's norm and growth count relative to the first block's in each layer;
+    of the filler some tokens are modelled, as its vocabulary is large; each block is computed again for its gradients;
+    F_0 is computed once a step; and its layers are compiled one by one, which is one compilation for all."""
+
     def __init__(self, model: FamModel, task: Task, options: Options, device: str) -> None:
         self.options, self.device, self.block, self.rows = options, device, model.config.block_size, options.rows
-        self.text = Text(task, options.seed, device)
-        self._step: Callable[[Tensor, State], tuple[Tensor, State]] = model.step
+        self.text, self.model = Text(task, options.seed, device), model
+        self._step: Callable[..., tuple[Tensor, State]] = model.step
         if device == "cuda":
             torch._dynamo.config.recompile_limit = 32
-            self._step = torch.compile(model.step, dynamic=False)
+            if not options.pretrained:
+                self._step = torch.compile(model.step, dynamic=False)
         self.state = fresh(model, self.rows, device)
         self.key = torch.zeros(self.rows, DIGITS, dtype=torch.int64, device=device)
         self.age, self.life = torch.zeros(self.rows, device=device), torch.zeros(self.rows, device=device)
@@ -84,10 +92,21 @@ class Streams:
         self.right = ~self.forgot  # what was answered last
         self.kinds = self.text.kinds(self.rows)
         self._short = torch.arange(self.rows, device=device) < self.rows * SHORT
+        self._usual = dict.fromkeys((n for n in self.state if "fam" in n), 1.0)
+        if options.pretrained:
+            with torch.no_grad():
+                _, first = model.step(self.text.filler(self.kinds, self.block), self.state, "last")
+            self._usual = {n: float(rms(first[n], (0, 1, 2)).clamp(min=1.0)) for n in self._usual}
+            if device == "cuda":
+                lora.copy_grouped_heads()
+                for layer in model.model.layers:
+                    layer.compile(dynamic=False)
 
     def losses(self, blocks: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """Go on by some blocks. Of the result, ``answer`` and ``copy`` are cross-entropies of digits, ``language`` that
         of filler; ``norm``, ``growth`` and ``moved`` are what FAM does that a fixed point would not."""
+        if self.options.pretrained:
+            self.model.fam_init = self.model.initial_fam()
         text, new, start = self._begin(blocks)
         begun = state = {name: leaf(past) for name, past in self.state.items()}
         fams = [name for name in state if "fam" in name]
@@ -97,19 +116,25 @@ class Streams:
         found: dict[str, list[Tensor]] = {"answer": [], "language": [], "norm": [], "moved": []}
         every, ordinary = [], False
         for k, part in enumerate(text.split(self.block, 1)):
-            before, (logits, state) = state, self._go(part, state)
-            if self.options.language:
+            at = self._modelled()
+            before, (logits, state) = state, self._go(part, state, "all" if at is None else at)
+            if at is None:
                 every.append(logits)
-                found["language"].append(F.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten()))
-            moved = sum(((state[n] - before[n]).pow(2).mean((1, 2)) for n in fams), none)
-            above = sum(((rms(state[n], -1) - 2).relu().pow(2).mean(1) for n in fams), none)
+                logits, target = logits[:, :-1], part[:, 1:]
+            else:
+                target = part.gather(1, at + 1)
+            found["language"].append(F.cross_entropy(logits.flatten(0, 1), target.flatten()))
+            moved = sum((((state[n] - before[n]) / self._usual[n]).pow(2).mean((1, 2)) for n in fams), none)
+            over = {n: (rms(state[n], -1) / self._usual[n] - 2).relu() for n in fams}
+            above = sum(((bent(x) if self.options.pretrained else x * x).mean(1) for x in over.values()), none)
             found["moved"].append(mean(moved, ~new))
             found["norm"].append(above.mean())
             if k in asked:
                 ordinary = rng.random() >= ACROSS
                 loss, right = self._ask(state, said_in <= k, not ordinary)
                 found["answer"].append(loss)
-        grown = ((rms(state[n], (1, 2)) - rms(begun[n], (1, 2)).clamp(min=1.5)).relu() for n in fams)
+        size = {n: (rms(state[n], (1, 2)) / self._usual[n], rms(begun[n], (1, 2)) / self._usual[n]) for n in fams}
+        grown = ((after - before.clamp(min=1.5)).relu() for after, before in size.values())
         result = {name: torch.stack(values).mean() for name, values in found.items() if values}
         result["growth"] = mean(sum(grown, none), ~new)
         if every:
@@ -121,9 +146,18 @@ class Streams:
         self.right = right
         return result
 
-    def _go(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def _modelled(self) -> Tensor | None:
+        """The places [b, SAMPLED] of a block whose next tokens are predicted; None for all of them."""
+        if not self.options.pretrained:
+            return None
+        return torch.randint(0, self.block - 1, (self.rows, min(SAMPLED, self.block - 1)), device=self.device)
+
+    def _go(self, tokens: Tensor, state: State, logits: str | Tensor = "all") -> tuple[Tensor, State]:
         """One block. Everything contiguous, or every new stride would be compiled again."""
-        return self._step(tokens.contiguous(), {name: past.contiguous() for name, past in state.items()})
+        call = tokens.contiguous(), {name: past.contiguous() for name, past in state.items()}, logits
+        if self.options.pretrained:
+            return checkpoint(self._step, *call, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._step(*call)
 
     def _begin(self, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
         """Say another key in every stream whose life is over: the text with it, those rows, and where it was put."""
@@ -159,11 +193,11 @@ class Streams:
         place = (torch.rand(self.rows, device=self.device) * (start - said.shape[1]).clamp(min=0)).long()
         text = put(text, place, self.text.said(key), here)
         text = put(text, start, self.text.asked(key), torch.ones_like(here))
-        found = []
-        for part in text.split(self.block, 1):
-            logits, state = self._go(part, state)
-            found.append(logits)
-        logits, target = answers(torch.cat(found, 1), start + length - DIGITS), self.text.digits[key]
+        at = (start + length - DIGITS - 1)[:, None] + torch.arange(DIGITS, device=self.device)  # what predicts digits
+        logits, target = None, self.text.digits[key]
+        for k, part in enumerate(text.split(self.block, 1)):
+            there, state = self._go(part, state, (at - k * self.block).clamp(0, self.block - 1))
+            logits = there if logits is None else torch.where((at >= k * self.block)[..., None], there, logits)
         loss = F.cross_entropy(logits.transpose(1, 2).float(), target, reduction="none").mean(1)
         return mean(loss, rows | here), (logits.argmax(-1) == target).all(1) | here
 
@@ -195,6 +229,11 @@ def rms(x: Tensor, axes: int | tuple[int, ...]) -> Tensor:
     return (x.pow(2).mean(axes) + 1e-8).sqrt()
 
 
+def bent(x: Tensor) -> Tensor:
+    """The square up to 1, a straight line from there: nothing far off may outweigh everything else."""
+    return torch.where(x < 1, x * x, 2 * x - 1)
+
+
 def leaf(past: Tensor) -> Tensor:
     """Always with a gradient where it can have one: one compiled step serves first and later blocks."""
     return past.detach().requires_grad_(past.is_floating_point())
@@ -205,6 +244,7 @@ def recall(model: FamModel, task: Task, kind: str, length: int, count: int, seed
     """The share of keys that are answered exactly, by the model in float32. The right answer is fed as it is asked for:
     an answer is exact under that if and only if it is exact when generated greedily."""
     size = model.config.block_size
+    model.fold_fam()
     exam = task.exam(kind, length, count, seed, size)
     tokens, wanted = torch.from_numpy(exam.tokens).to(device), torch.from_numpy(exam.answers).to(device)
     at = torch.from_numpy(exam.begins).to(device)[:, None] - 1 + torch.arange(DIGITS, device=device)
@@ -214,4 +254,5 @@ def recall(model: FamModel, task: Task, kind: str, length: int, count: int, seed
         if (k + 1) * size >= int(exam.begins.min()):
             found = logits.argmax(-1).gather(1, (at - k * size).clamp(0, size - 1))
             right |= (at // size == k) & (found == wanted)
+    model.fam_init = None
     return float(right.all(1).float().mean())

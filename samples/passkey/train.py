@@ -46,23 +46,27 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
     start = open_checkpoint(options.start) if options.start else None
     model = initial_model(options, start).to(device)
     adapted = lora.attach(model, options.lora, 2 * options.lora) if options.lora else {}
+    if options.adapter:
+        lora.load(options.adapter, model, adapted)
     model.to(device)
     task = Task(options.form, encoder(start))
     streams = Streams(
-        model, task, Options(options.batch, options.oldest, options.noise, not options.lora, options.seed), device
+        model,
+        task,
+        Options(options.batch, options.oldest, options.noise, bool(options.lora), options.seed),
+        device,
     )
     learnt = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)
     began, step, blocks, exact, looked, curve = time.monotonic(), 0, 1, 0.0, 0.0, []
     while (share := (time.monotonic() - began) / (options.minutes * 60)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * min(1, (step + 1) / 200) * max(0.02, 1 - share)
+            group["lr"] = options.lr * min(1, (step + 1) / options.warm_up) * max(0.02, 1 - share)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             found = streams.losses(int(rng.integers(max(1, blocks // 2), blocks + 1)), rng)
             loss = found["answer"] + options.penalty * found["norm"]
             loss = loss + options.still * found["moved"] + options.growth * found["growth"]
-            if "language" in found:
-                loss = loss + 0.1 * found["language"] + 0.2 * found["copy"]
+            loss = loss + options.language * found["language"] + 0.2 * found.get("copy", 0.0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learnt, 1.0)
@@ -156,6 +160,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
     parser.add_argument("--lora", type=int, default=0, help="rank of the adapter to train on it; 0 trains all weights")
+    parser.add_argument("--adapter", type=Path, help="with --lora: an adapter of that rank to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--form", choices=FORMS, default="text")
     parser.add_argument("--block-size", type=int, default=1024)
@@ -168,6 +173,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=6, help="most blocks that gradients go through")
     parser.add_argument("--oldest", type=int, default=1000, help="most blocks that a key is kept in training")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warm-up", type=int, default=200, help="steps until the learning rate is reached")
+    parser.add_argument("--language", type=float, default=0.1, help="weight of the loss on the filler")
     parser.add_argument("--noise", type=float, default=0.02, help="on the state at the start of a step, relative")
     parser.add_argument("--penalty", type=float, default=0.05, help="on FAM's norm")
     parser.add_argument("--growth", type=float, default=0.5, help="penalty on FAM's growth where no key is said")
