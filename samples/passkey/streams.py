@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from famexport.model import FamModel, State
 from samples.passkey import lora
+from samples.passkey.replay import Replayed
 from samples.passkey.task import DIGITS, FILLERS, Task
 
 PASSED_ON = 0.8  # how often a new key meets the state of the stream before
@@ -74,12 +74,12 @@ class Text:
 
 class Streams:
     """A pretrained model is treated otherwise: FAM's norm and growth count relative to the first block's in each layer;
-    of the filler some tokens are modelled, as its vocabulary is large; each block is computed again for its gradients;
-    F_0 is computed once a step; and its layers are compiled one by one, which is one compilation for all."""
+    of the filler some tokens are modelled, as its vocabulary is large; its layers are compiled one by one, which is one
+    compilation for all; and steps are replayed (``replay.py``)."""
 
     def __init__(self, model: FamModel, task: Task, options: Options, device: str) -> None:
         self.options, self.device, self.block, self.rows = options, device, model.config.block_size, options.rows
-        self.text, self.model = Text(task, options.seed, device), model
+        self.text = Text(task, options.seed, device)
         self._step: Callable[..., tuple[Tensor, State]] = model.step
         if device == "cuda":
             torch._dynamo.config.recompile_limit = 32
@@ -101,12 +101,11 @@ class Streams:
                 lora.copy_grouped_heads()
                 for layer in model.model.layers:
                     layer.compile(dynamic=False)
+            self._step = Replayed(model.step, [p for p in model.parameters() if p.requires_grad], device)
 
     def losses(self, blocks: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """Go on by some blocks. Of the result, ``answer`` and ``copy`` are cross-entropies of digits, ``language`` that
         of filler; ``norm``, ``growth`` and ``moved`` are what FAM does that a fixed point would not."""
-        if self.options.pretrained:
-            self.model.fam_init = self.model.initial_fam()
         text, new, start = self._begin(blocks)
         begun = state = {name: leaf(past) for name, past in self.state.items()}
         fams = [name for name in state if "fam" in name]
@@ -154,10 +153,7 @@ class Streams:
 
     def _go(self, tokens: Tensor, state: State, logits: str | Tensor = "all") -> tuple[Tensor, State]:
         """One block. Everything contiguous, or every new stride would be compiled again."""
-        call = tokens.contiguous(), {name: past.contiguous() for name, past in state.items()}, logits
-        if self.options.pretrained:
-            return checkpoint(self._step, *call, use_reentrant=False)  # type: ignore[no-any-return]
-        return self._step(*call)
+        return self._step(tokens.contiguous(), {name: past.contiguous() for name, past in state.items()}, logits)
 
     def _begin(self, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
         """Say another key in every stream whose life is over: the text with it, those rows, and where it was put."""

@@ -67,7 +67,7 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
             loss = found["answer"] + options.penalty * found["norm"]
             loss = loss + options.still * found["moved"] + options.growth * found["growth"]
             loss = loss + options.language * found["language"] + 0.2 * found.get("copy", 0.0)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not options.lora)  # a replayed step adds to what is there
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
