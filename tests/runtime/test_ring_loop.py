@@ -17,6 +17,8 @@ import famexport as fx
 from famexport.checkpoint import init_checkpoint
 from famexport.config import preset
 from famexport.errors import BundleError, NonFiniteError
+from famexport.export.cuda_net import Plan
+from famexport.export.cuda_steps import AppendStep, BlockStep
 from famexport.runtime.device import DeviceLoop
 from famexport.runtime.device_weights import parts
 from famexport.runtime.layout import START
@@ -58,6 +60,20 @@ def blocks(session: Session, rng: np.random.Generator) -> np.ndarray:
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
     return float(np.abs(a - b).max()) <= 2e-5 * max(float(np.abs(b).max()), 1.0)
+
+
+@pytest.mark.parametrize("case", ["plain", "qk_norm", "layernorm"])
+@pytest.mark.parametrize("steady", [True, False])
+def test_norms_have_a_kernel_in_bfloat16(case: str, steady: bool) -> None:
+    """CUDA's norms of float32 rows take and give float32 or float16: there is none to bfloat16."""
+    plan = Plan(preset("tiny", model_type="fam", **CASES[case]), "bfloat16", 1)
+    for model in (BlockStep(plan, steady=steady).model(), AppendStep(plan, 1, steady=steady).model("append_step")):
+        norms = [node for node in model.graph if node.op_type.endswith("LayerNormalization")]
+        assert norms
+        for node in norms:
+            assert all(x is None or x.producer() is not None for x in node.inputs[1:])  # no weight as it is
+            (after,) = {use.node.op_type for value in node.outputs for use in value.uses()}
+            assert after == "Cast"
 
 
 @pytest.mark.parametrize("case", CASES)

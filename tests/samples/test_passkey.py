@@ -24,6 +24,7 @@ from famexport.errors import UsageError
 from famexport.model import FamModel
 from famexport.text import open_tokenizer
 from samples.passkey import evaluate, lora, streams, train
+from samples.passkey.replay import Replayed
 from samples.passkey.streams import Options, Streams, fresh, recall
 from samples.passkey.task import DIGITS, FILLERS, FORMS, PAPER, Exam, Task
 from samples.passkey.tokenizer import byte_tokenizer
@@ -349,6 +350,66 @@ def test_a_trained_adapter_is_merged_by_convert(base: Path, tmp_path: Path, monk
     print(error, moved, wanted.abs().max())
     assert moved > 0.1 * wanted.abs().max()
     assert error < 2e-3 * moved  # A, B and embeddings lie in float16, each of them 5e-4 off at most
+
+
+def test_training_goes_on_from_an_adapter(base: Path, tmp_path: Path) -> None:
+    models = [started(base, ["--memory-segments", "1"]) for _ in range(3)]
+    first, second, other = (lora.attach(model, rank, 4) for model, rank in zip(models, (2, 2, 3), strict=True))
+    for pair in first.values():
+        torch.nn.init.normal_(pair.b)
+    lora.save(tmp_path, models[0], first, 2, 4)
+    assert (rollout(models[1]) - rollout(models[0])).abs().max() > 1
+    lora.load(tmp_path, models[1], second)
+    assert torch.allclose(rollout(models[1]), rollout(models[0]), rtol=0.02, atol=0.05)
+    assert all(p.requires_grad for pair in second.values() for p in (pair.a, pair.b))
+    with pytest.raises(SystemExit, match=r"lora_A.weight is \(2, 32\), --lora makes it \(3, 32\)"):
+        lora.load(tmp_path, models[2], other)
+
+
+# Replayed steps
+
+
+def replay_losses(model: FamModel, step: Any) -> tuple[Tensor, list[Tensor]]:
+    """A loss over three blocks, each with a question to a copy of the state at other positions; what was learnt."""
+    random = torch.Generator().manual_seed(2)
+    tokens, at = (torch.randint(0, n, (3, 3 * BLOCK), generator=random) for n in (256, BLOCK))
+    begun = state = {n: s.requires_grad_(s.is_floating_point()) for n, s in fresh(model, 3, "cpu").items()}
+    loss = torch.zeros(())
+    for part in tokens.split(BLOCK, 1):
+        logits, state = step(part.contiguous(), state, at[:, :5].contiguous())
+        asked, _ = step(part.flip(1).contiguous(), state, at[:, :2].contiguous())
+        loss = loss + logits.square().mean() + asked.tanh().mean()
+    return loss, [s for s in begun.values() if s.requires_grad]
+
+
+@pytest.mark.parametrize("memory", [0, 1])
+def test_a_replayed_step_has_the_gradients_of_the_step(base: Path, memory: int) -> None:
+    model = started(base, ["--memory-segments", str(memory)])
+    adapted = lora.attach(model, 2, 4)
+    for pair in adapted.values():
+        torch.nn.init.normal_(pair.b, std=0.3)
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    loss, begun = replay_losses(model, model.step)
+    loss.backward()
+    wanted = [p.grad.clone() for p in (*learnt, *begun)]  # type: ignore[union-attr]
+    assert all(bool(g.abs().max() > 0) for g in wanted[: len(learnt)])
+
+    replayed = Replayed(model.step, learnt, "cpu")
+    for _ in range(2):  # the second time, nothing is recorded any more
+        torch._foreach_zero_([p.grad for p in learnt if p.grad is not None])
+        again, begun = replay_losses(model, replayed)
+        again.backward()
+        assert torch.allclose(again, loss)
+        for p, grad in zip((*learnt, *begun), wanted, strict=True):
+            assert torch.allclose(p.grad, grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max()))  # type: ignore[arg-type]
+
+
+def test_a_step_gives_logits_of_positions(base: Path) -> None:
+    model = started(base)
+    tokens, at = torch.randint(0, 256, (2, BLOCK)), torch.tensor([[0, 9, 63], [5, 5, 1]])
+    everything, _ = model.step(tokens, fresh(model, 2, "cpu"))
+    found, _ = model.step(tokens, fresh(model, 2, "cpu"), at)
+    assert torch.allclose(found, everything.gather(1, at[..., None].expand(-1, -1, 256)), atol=1e-5)
 
 
 # Streams
