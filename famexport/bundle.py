@@ -10,8 +10,8 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from famexport.publish import atomic_write
 MAX_GRAPH_BYTES, CHUNK_BYTES = 2**31 - 1, 2**20
 SUBGRAPH_OPS = {"If", "Loop", "Scan", "SequenceMap"}
 
+Signature = tuple[int, ...]  # device, inode, size, times of writing and change: a file that keeps them kept its content
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -45,7 +47,7 @@ class Bundle:
     path: Path
     manifest: Manifest
     id: str
-    _checked: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _checked: dict[str, Signature] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def contract(self) -> StepContract:
@@ -70,7 +72,7 @@ class Bundle:
         self._entry(name)
         with _directory(self.path) as folder:
             try:
-                same = self._checked.get(name) == _signature(os.stat(name, dir_fd=folder, follow_symlinks=False))
+                same = self._checked.get(name) == _signature_of(folder, name)
             except OSError:
                 same = False
             if not same:
@@ -81,6 +83,14 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path} has no file {name!r:.80}; it has {', '.join(sorted(self.manifest.files))}")
         return self.manifest.files[name]
+
+    def _trust(self, folder: int, hashes: Mapping[Signature, FileEntry]) -> None:
+        """Take files that hashed to what the manifest says as checked; graphs not, they are looked into as well."""
+        for name in self.manifest.files.keys() - self.manifest.graph_files():
+            with suppress(OSError):  # whoever asks for the file is told
+                signature = _signature_of(folder, name)
+                if hashes.get(signature) == self.manifest.files[name]:
+                    self._checked[name] = signature
 
     def _check(self, folder: int, names: Iterable[str], progress: Callable[[int, int], None] | None = None) -> None:
         """Hash files; only if all are as expected, look into the graphs among them."""
@@ -114,12 +124,19 @@ class Bundle:
         self._checked.update(seen)
 
 
-def open_bundle(path: str | Path, *, verify: bool = True, progress: Callable[[int, int], None] | None = None) -> Bundle:
+def open_bundle(
+    path: str | Path,
+    *,
+    verify: bool = True,
+    hashes: Mapping[Signature, FileEntry] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bundle:
     """Open a bundle and check it.
 
     Args:
         verify: hash all files and check the graphs now. Otherwise only the manifest, the names and the sizes are
             checked, and ``Bundle.file`` and ``Bundle.read`` check each file when it is asked for.
+        hashes: from ``describe_files``: files that have not changed since are not read again.
         progress: called with (bytes hashed, bytes in all).
     Raises:
         UsageError: no such path.
@@ -132,8 +149,9 @@ def open_bundle(path: str | Path, *, verify: bool = True, progress: Callable[[in
                 manifest = Manifest.parse(data, f"{path}: {MANIFEST}")
                 report_problems(str(path), _listing_problems(folder, manifest))
                 bundle = Bundle(Path(os.path.abspath(path)), manifest, hashlib.sha256(data).hexdigest())
+                bundle._trust(folder, hashes or {})
                 if verify:
-                    bundle._check(folder, manifest.files, progress)
+                    bundle._check(folder, [name for name in manifest.files if name not in bundle._checked], progress)
                 return bundle
             except BundleError:
                 if attempt == 3 or _is_still(path, folder):
@@ -151,9 +169,11 @@ def is_bundle(path: Path) -> bool:
     return isinstance(tree, dict) and tree.get("kind") == KIND
 
 
-def describe_files(directory: Path) -> dict[str, FileEntry]:
+def describe_files(directory: Path, hashes: dict[Signature, FileEntry] | None = None) -> dict[str, FileEntry]:
     """Size and hash of everything in ``directory``, for ``Manifest.files``.
 
+    Args:
+        hashes: takes them by the files' signatures, for ``open_bundle`` once the directory is published.
     Raises:
         BundleError: a name that may not be in a bundle, or something other than a regular file.
     """
@@ -161,7 +181,10 @@ def describe_files(directory: Path) -> dict[str, FileEntry]:
         names = sorted(name for name in os.listdir(folder) if name not in (MANIFEST, ENGINES))
         report_problems(str(directory), [problem for name in names for problem in name_problems(name)])
         with _about(directory):
-            return {name: _read(folder, name).entry for name in names}
+            contents = {name: _read(folder, name) for name in names}
+    if hashes is not None:
+        hashes.update({content.signature: content.entry for content in contents.values()})
+    return {name: content.entry for name, content in contents.items()}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -259,8 +282,12 @@ def _file_problems(name: str, info: os.stat_result, size: int | None) -> list[st
     return []
 
 
-def _signature(info: os.stat_result) -> tuple[int, ...]:
+def _signature(info: os.stat_result) -> Signature:
     return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def _signature_of(folder: int, name: str) -> Signature:
+    return _signature(os.stat(name, dir_fd=folder, follow_symlinks=False))
 
 
 @contextmanager
@@ -285,7 +312,7 @@ def _opened(folder: int, name: str, size: int | None = None) -> Iterator[tuple[i
 class _Content:
     entry: FileEntry
     data: bytes
-    signature: tuple[int, ...]
+    signature: Signature  # before the first byte was read
 
 
 def _read(

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from famexport import bundle as bundle_module
 from famexport import onnx_wire
-from famexport.bundle import Bundle, describe_files, is_bundle, open_bundle, write_manifest
+from famexport.bundle import Bundle, Signature, describe_files, is_bundle, open_bundle, write_manifest
 from famexport.contract import GRAPH_KEY, METADATA_KEY, StepContract, TensorSpec
 from famexport.errors import BundleError, UsageError
 from famexport.manifest import KIND, FileEntry, GraphFiles, Manifest, check_name, strict_json
@@ -181,6 +181,62 @@ def test_a_file_that_changes_after_opening_is_noticed(made: Path) -> None:
     for ask in (opened.file, opened.read):
         with pytest.raises(UsageError, match="there is no bundle"):
             ask(WEIGHTS)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are read."""
+    names: list[str] = []
+    real = bundle_module._read
+
+    def record(folder: int, name: str, *arguments: Any, **options: Any) -> Any:
+        names.append(name)
+        return real(folder, name, *arguments, **options)
+
+    monkeypatch.setattr(bundle_module, "_read", record)
+    return names
+
+
+def publish(path: Path, **changes: Any) -> dict[Signature, FileEntry]:
+    hashes: dict[Signature, FileEntry] = {}
+    with staged_directory(path, is_bundle, "bundle") as staged:
+        fill(staged)
+        files = describe_files(staged, hashes)
+        write_manifest(staged, manifest_of(staged, **{"files": files, **changes}))
+    return hashes
+
+
+def test_what_was_hashed_before_it_was_published_is_not_read_again(made: Path, hashed: list[str]) -> None:
+    hashes = publish(made)  # in the place of another
+    hashed.clear()
+    opened = open_bundle(made, hashes=hashes)
+    assert sorted(hashed) == [GRAPH, VARIANT]  # what they say is checked against the manifest
+    assert opened.file(WEIGHTS) == made / WEIGHTS
+    assert open_bundle(made, hashes=hashes, verify=False).file(WEIGHTS) == made / WEIGHTS
+    assert sorted(hashed) == [GRAPH, VARIANT]
+    assert open_bundle(made) == opened
+    assert sorted(hashed[2:]) == sorted(opened.manifest.files)
+
+
+@pytest.mark.parametrize("when", ["in place", "another file", "before it is opened without verify"])
+def test_a_file_that_changes_between_hashing_and_opening_is_noticed(made: Path, when: str) -> None:
+    hashes, file = publish(made), made / WEIGHTS
+    before = file.stat()
+    data = flip(file.read_bytes(), 5)
+    if when == "another file":
+        file.unlink()
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(BundleError, match=r"weights.safetensors has 4000 bytes with SHA-256"):
+        open_bundle(made, hashes=hashes, verify=not when.startswith("before")).file(WEIGHTS)
+
+
+def test_a_hash_that_is_not_the_manifests_is_noticed(made: Path) -> None:
+    """Whatever was hashed: the manifest is what counts."""
+    wrong = {name: FileEntry(e.bytes, "0" * 64) if name == WEIGHTS else e for name, e in describe_files(made).items()}
+    hashes = publish(made, files=wrong)
+    with pytest.raises(BundleError, match=f"weights.safetensors has 4000 bytes .* expected 4000 with {'0' * 64}"):
+        open_bundle(made, hashes=hashes)
 
 
 def test_hashing_takes_constant_memory(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
-from famexport.bundle import Bundle, describe_files, is_bundle, open_bundle, write_manifest
+from famexport.bundle import Bundle, Signature, describe_files, is_bundle, open_bundle, write_manifest
 from famexport.checkpoint import Checkpoint, open_checkpoint
 from famexport.config import FamConfig
 from famexport.contract import PRECISION_DTYPE, QUANTIZED
@@ -25,7 +25,7 @@ from famexport.export.quantize import quantize
 from famexport.export.source import Source, checkpoint_source, module_source
 from famexport.export.stamp import TRACED_LAYERS, stamp
 from famexport.export.trace import IR_VERSIONS, trace_step
-from famexport.manifest import GraphFiles, Manifest
+from famexport.manifest import FileEntry, GraphFiles, Manifest
 from famexport.publish import staged_directory
 from famexport.runtime.ort import import_onnxruntime
 from famexport.tensorfile import TensorEntry, write_tensors
@@ -108,6 +108,7 @@ def export_bundle(
             parity["quality"] = measure_quality(
                 what, precision, graph, temp / WEIGHTS, temp / TOKENIZER, limit, text, report
             )
+        hashes = dict[Signature, FileEntry]()
         manifest = Manifest(
             contract=what.contract,
             config=what.config,
@@ -119,14 +120,14 @@ def export_bundle(
             weights=WEIGHTS if weights else None,
             tokenizer=TOKENIZER if what.tokenizer else None,
             golden=GOLDEN,
-            files=describe_files(temp),
+            files=describe_files(temp, hashes),
             versions=_versions(),
             parity=parity,
             cost=dict(what.cost),
             engines={},
         )
         write_manifest(temp, manifest)
-    return open_bundle(out)
+    return open_bundle(out, hashes=hashes)
 
 
 def _check_options(

@@ -193,20 +193,21 @@ def float32_model(checkpoint: Checkpoint) -> FamModel:
     with torch.device("meta"):
         model = FamModel(config).eval()
     model.rope = Rope(config)
-    streamed = config.parameters * 4 > RESIDENT_BYTES
+    streamed, buffers = config.parameters * 4 > RESIDENT_BYTES, dict[str, Tensor]()
     for owner_name, owner in model.named_modules():
         names = [leaf for leaf, _ in owner.named_parameters(recurse=False)]
         if not names:
             continue
-        fill = _filler(checkpoint, owner_name, names)
         resident = owner_name == "model.fam_embeddings" or (
             config.tie_word_embeddings and owner_name.endswith("tokens")
         )
         if streamed and not resident:  # the resident ones are read as weights, not called
+            reused = buffers if owner_name.startswith("model.layers.") else None  # vocabularies are too large to keep
+            fill = _filler(checkpoint, owner_name, names, reused)
             owner.register_forward_pre_hook(lambda module, _, fill=fill: fill(module))
             owner.register_forward_hook(lambda module, _, out, names=names: _drop(module, names))
         else:
-            fill(owner)
+            _filler(checkpoint, owner_name, names)(owner)
     model.fold_fam()
     return model
 
@@ -222,13 +223,28 @@ def _cost(config: FamConfig, item_bytes: int, logits: str) -> dict[str, int]:
     }
 
 
-def _filler(checkpoint: Checkpoint, owner: str, names: list[str]) -> Callable[[nn.Module], None]:
+def _filler(
+    checkpoint: Checkpoint, owner: str, names: list[str], buffers: dict[str, Tensor] | None = None
+) -> Callable[[nn.Module], None]:
+    """What gives a module its weights in float32; with ``buffers``, until another module is given its own."""
+
     def fill(module: nn.Module) -> None:
         for leaf in names:
-            tensor = checkpoint.tensor(f"{owner}.{leaf}").float()
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            tensor = checkpoint.tensor(f"{owner}.{leaf}")
+            wide = tensor.float() if buffers is None else _widened(tensor, leaf, buffers)
+            setattr(module, leaf, nn.Parameter(wide, requires_grad=False))
 
     return fill
+
+
+def _widened(tensor: Tensor, leaf: str, buffers: dict[str, Tensor]) -> Tensor:
+    """``tensor`` in float32, in the buffer of its leaf's name: the system clears every page of a fresh one, which takes
+    longer than the widening."""
+    if tensor.dtype == torch.float32:
+        return tensor
+    if leaf not in buffers or buffers[leaf].numel() < tensor.numel():
+        buffers[leaf] = torch.empty(tensor.numel())
+    return buffers[leaf][: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def _drop(module: nn.Module, names: list[str]) -> None:

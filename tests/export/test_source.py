@@ -19,14 +19,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import famexport
+from famexport import bundle as bundle_module
 from famexport.checkpoint import open_checkpoint, parameter_shapes, write_checkpoint
 from famexport.contract import StepContract, TensorSpec
-from famexport.errors import ContractError, FamExportError, IncompatibleError, NumericError, ParityError, UsageError
+from famexport.errors import (
+    BundleError,
+    ContractError,
+    FamExportError,
+    IncompatibleError,
+    NumericError,
+    ParityError,
+    UsageError,
+)
+from famexport.export import pipeline
 from famexport.export import source as source_module
 from famexport.export.pipeline import export_bundle
 from famexport.export.source import INLINE_BYTES, float32_model
 from famexport.model import FamModel
-from tests.export.helpers import BASE, Export, random_weights, reference_model, save, zero_state
+from tests.export.helpers import BASE, Export, config_of, random_weights, reference_model, save, zero_state
 
 # -- the float32 reference
 
@@ -75,6 +85,78 @@ def test_a_checkpoint_in_half_precision_keeps_its_bits(tmp_path: Path, dtype: st
         for name in stored.keys() - {"fam_init"}:
             assert torch.equal(stored[name], weights[name].to(stored[name].dtype)), name
             assert stored[name].dtype == (torch.float32 if precision == "fp32" else weights[name].dtype)
+
+
+def test_a_streamed_references_weights_share_one_buffer_and_keep_their_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widened weights and biases of all shapes, among them two of one shape in one module: a norm's."""
+    config = replace(config_of("fam_family"), num_hidden_layers=3, intermediate_size=64, qk_norm=True)
+    weights = {name: tensor.bfloat16() for name, tensor in random_weights(config).items()}
+    path = write_checkpoint(
+        tmp_path / "checkpoint", config, dict.fromkeys(weights, "bfloat16"), weights.__getitem__, fam_trained=False
+    )
+    checkpoint, linear, used = open_checkpoint(path), F.linear, list[Tensor]()  # held: no address comes twice by chance
+
+    def record(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        used.append(weight)
+        return linear(x, weight, bias)
+
+    resident = float32_model(checkpoint)
+    monkeypatch.setattr(source_module, "RESIDENT_BYTES", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", record)
+        streamed = float32_model(checkpoint)
+    layers = [{weight.data_ptr() for weight in used[i : i + 6]} for i in range(0, 3 * 6, 6)]
+    assert len(used) == 3 * 6
+    assert len(layers[0]) == 2  # it grew once
+    assert layers[1] == layers[2] == {used[-1].data_ptr()}
+    own = reference_model(config, {name: tensor.float() for name, tensor in weights.items()})
+    assert own.fam_init is not None
+    fed, state = torch.randn((2, 4, 16), generator=torch.Generator().manual_seed(0)), zero_state(own, 2)
+    with torch.no_grad():
+        wanted, new = own.step(fed, state)
+        for model in (resident, streamed):
+            assert torch.equal(model.get_buffer("fam_init"), own.fam_init)
+            logits, found = model.step(fed, state)
+            assert torch.equal(logits, wanted)
+            assert all(torch.equal(found[key], new[key]) for key in new)
+
+
+# -- the weight file on its way to a bundle
+
+
+def test_weights_are_read_back_once(
+    exported: Callable[[str], Export], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, names, real = exported("base").checkpoint, list[str](), bundle_module._read
+
+    def record(folder: int, name: str, *arguments: Any, **options: Any) -> Any:
+        names.append(name)
+        return real(folder, name, *arguments, **options)
+
+    monkeypatch.setattr(bundle_module, "_read", record)
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", parity_blocks=2)
+    assert bundle.file("weights.safetensors") == bundle.path / "weights.safetensors"
+    assert names.count("weights.safetensors") == 1
+    assert names.count("block_step.onnx") == 2  # hashed, then compared with the manifest
+    assert famexport.open_bundle(bundle.path) == bundle
+
+
+def test_weights_that_change_after_they_were_hashed(
+    exported: Callable[[str], Export], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = exported("base").checkpoint
+
+    def write_manifest(folder: Path, manifest: Any) -> None:
+        bundle_module.write_manifest(folder, manifest)
+        with (folder / "weights.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+
+    monkeypatch.setattr(pipeline, "write_manifest", write_manifest)
+    with pytest.raises(BundleError, match=r"weights\.safetensors has \d+ bytes with SHA-256"):
+        export_bundle(checkpoint, tmp_path / "bundle", parity_blocks=2)
 
 
 PEAK = """
