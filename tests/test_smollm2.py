@@ -17,10 +17,15 @@ from famexport.chat_template import chat_template, stop_ids
 from famexport.runtime.feeding import bundle_tokenizer, token_source
 from famexport.runtime.score import log_probabilities
 from samples.demo import fetch_model, long_text
+from samples.passkey import task
+from samples.passkey.streams import recall
+from samples.passkey.task import Task
+from samples.passkey.train import arguments, encoder, initial_model
 from tests.runtime.cpu_ring import CpuRingBackend
 
 TOKENS, NEW_TOKENS = 2048, 48
 QUESTIONS = ["What is the capital of France?", "Write one sentence about the sea."]
+ADAPTER = Path(task.__file__).parent / "checkpoints" / "smollm2-adapter"
 pytestmark = pytest.mark.slow
 
 
@@ -113,3 +118,15 @@ def test_chat_answers_a_short_prompt(bundle: fx.Bundle) -> None:
     first, second = done.stdout.splitlines()
     assert "Paris" in first
     assert "Rome" in second
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_the_adapter_gives_it_a_memory(tmp_path: Path, adapted: bool) -> None:
+    """With M = 0, nothing of the first block is left in the second but what FAM keeps."""
+    options: dict[str, Any] = {"lora": ADAPTER} if adapted else {"fam_length": 32}
+    made = fx.convert_checkpoint(fetch_model(), tmp_path / "made", block_size=256, memory_segments=0, **options)
+    words = ["-o", "nowhere", "--start", str(made), "--block-size", "256", "--fam-length", "32"]
+    start = fx.open_checkpoint(made)
+    model, asked = initial_model(arguments(words), start), Task("text", encoder(start))
+    found = recall(model, asked, "paper", 2 * 256, 4 if adapted else 2, 7, "cpu")
+    assert found >= 0.75 if adapted else found == 0

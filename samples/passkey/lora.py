@@ -44,8 +44,8 @@ def attach(model: FamModel, rank: int, alpha: float) -> dict[str, LowRank]:
 
 
 def copy_grouped_heads() -> None:
-    """Attention in training with a copy of keys and values for each query head: beside a mask, torch's fused kernels
-    that have gradients do not take grouped heads."""
+    """Attention in training with a copy of keys and values for each query head: not every fused kernel of torch takes
+    grouped heads beside a mask, and without one all scores would be written out."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
