@@ -272,12 +272,10 @@ class Step:
         c, net = self.c, self.net
         scale = net.input(f"{name}.weight", self.type, (width,))
         if c.norm == "rmsnorm":
-            options = {"axis": -1, "epsilon": c.norm_eps, "stash_type": 1}
-            if self.type != ir.DataType.BFLOAT16:
-                return net.op("SimplifiedLayerNormalization", x, scale, **options)
-            # there is a kernel from float32 to float16, but none to bfloat16
-            wide = net.op("SimplifiedLayerNormalization", x, self._float(scale), **options)
-            return self._cast(wide, self.type)
+            direct = self.type != ir.DataType.BFLOAT16  # there is a kernel from float32 to float16, none to bfloat16
+            scale = scale if direct else self._float(scale)
+            y = net.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=c.norm_eps, stash_type=1)
+            return y if direct else self._cast(y, self.type)
         bias = net.input(f"{name}.bias", self.type, (width,))
         wide = net.op("LayerNormalization", x, self._float(scale), self._float(bias), axis=-1, epsilon=c.norm_eps)
         return self._cast(wide, self.type)
