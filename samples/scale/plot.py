@@ -63,7 +63,7 @@ def _draw(time: Any, memory: Any, report: Report) -> None:
     tokens, used = zip(*((at["tokens"] / 1e3, at["used_bytes"] / GB) for at in _points(report)), strict=True)
     memory.plot(tokens, used, marker="o", markersize=3, **style)
     if report["stopped"]:
-        memory.annotate("out of memory", (tokens[-1], used[-1]), (-4, 6), textcoords="offset points", ha="right")
+        memory.annotate("out of memory", (tokens[-1], used[-1]), (-8, -3), textcoords="offset points", ha="right")
 
 
 def _points(report: Report) -> list[Report]:
