@@ -184,7 +184,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--log", type=int, default=100, help="steps between lines of the learning curve")
     parser.add_argument("--look", type=float, default=100.0, help="seconds between measurements of recall")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.lora and not (options.start and options.fam_length):
+        parser.error("--lora adapts a checkpoint (--start) that has FAM (--fam-length 1 or more)")
+    if options.adapter and not options.lora:
+        parser.error("--adapter goes on from an adapter: it needs --start BASE --lora RANK, as that was trained")
+    return options
 
 
 if __name__ == "__main__":

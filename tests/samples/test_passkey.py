@@ -366,6 +366,20 @@ def test_training_goes_on_from_an_adapter(base: Path, tmp_path: Path) -> None:
         lora.load(tmp_path, models[2], other)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora", "4"], "--lora adapts a checkpoint"),
+        (["--lora", "4", "--start", "x", "--fam-length", "0"], "--lora adapts a checkpoint"),
+        (["--start", "x", "--adapter", "y"], "it needs --start BASE --lora RANK"),
+    ],
+)
+def test_an_adapter_needs_what_it_is_for(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.arguments(["-o", "nowhere", *words])
+    assert said in capsys.readouterr().err
+
+
 # Replayed steps
 
 
