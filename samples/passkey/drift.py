@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import famexport as fx
-from famexport.runtime.process import device_facts, rss_bytes, versions
-from samples.passkey.evaluate import bundle_task, save
+from famexport.runtime.process import rss_bytes
+from samples.passkey.evaluate import about, bundle_task, fam_norms, save
 from samples.passkey.task import DIGITS, FILLERS, FORMS, Exam, Ids, Task
 
 TILE = 256  # blocks of filler that are drawn at once
@@ -67,15 +67,8 @@ def ask(stream: fx.Stream, exam: Exam, logits: NDArray[np.float32]) -> NDArray[n
     saved = stream.snapshot()
     stream.step(exam.tokens, logits)
     stream.restore(saved)
-    places = exam.begins[:, None] - 1 + np.arange(DIGITS)  # whose logits say the digits
-    found: NDArray[np.bool_] = logits[np.arange(len(places))[:, None], places].argmax(-1) == exam.answers
+    found: NDArray[np.bool_] = logits[np.arange(len(exam.begins))[:, None], exam.places].argmax(-1) == exam.answers
     return found
-
-
-def fam_norms(stream: fx.Stream) -> list[float]:
-    """The L2 norm of a FAM vector, on average, layer by layer."""
-    state = {name: past for name, past in stream.state().items() if name.startswith("past_fam")}
-    return [float(f"{np.linalg.norm(state[name], axis=-1).mean():.5g}") for name in sorted(state)]
 
 
 def drift(session: fx.Session, task: Task, kind: str, blocks: int, rows: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -107,7 +100,7 @@ def drift(session: fx.Session, task: Task, kind: str, blocks: int, rows: int, se
                 "keys": count,
                 "exact": float(right.all(1).mean()),
                 "digits": float(right.mean()),
-                "fam_norm": fam_norms(stream),
+                "fam_norm": [float(f"{norm:.5g}") for norm in fam_norms(stream.state())],
                 "rss_bytes": used,
                 "latency_ms_p50": round(float(np.median(latencies[since:done])), 2),  # since the look before
                 "seconds": round(time.monotonic() - began, 1),
@@ -151,12 +144,8 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
             "block_size": session.contract.block_size,
             "state_bytes": session.contract.state_bytes(),
             "filler": options.filler,
-            "form": options.form,
-            "seed": options.seed,
-            "backend": options.backend,
             "looks": found,
-            "device": device_facts(),
-            "versions": versions(),
+            **about(options),
         }
         for look in drift(session, task, options.filler, options.blocks, options.rows, options.seed):
             found.append(look)

@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import famexport as fx
 from famexport.publish import atomic_write
@@ -47,7 +49,7 @@ def answered(session: fx.Session, exam: Exam, sabotage: str | None = None) -> tu
     size, count = session.contract.block_size, len(exam.begins)
     dynamic = isinstance(session.contract.batch, str)
     found: Ids = np.full((count, DIGITS), -1, np.int64)
-    places = exam.begins[:, None] - 1 + np.arange(DIGITS)  # whose logits say the digits
+    places = exam.places
     logits = np.empty((count, size, session.contract.vocab_size), np.float32)
     facts: dict[str, Any] = {}
     with session.stream(count if dynamic else None) as stream:
@@ -65,8 +67,12 @@ def answered(session: fx.Session, exam: Exam, sabotage: str | None = None) -> tu
                 stream.load_state({**state, **held})
         state = stream.state()
     facts |= {"rss_bytes_last": rss_bytes(), "state_bytes": session.contract.state_bytes()}
-    norms = {name: np.linalg.norm(past, axis=-1).mean() for name, past in state.items() if "fam" in name}
-    return found, {**facts, "fam_norm": [round(float(norm), 1) for norm in norms.values()]}
+    return found, {**facts, "fam_norm": [round(norm, 1) for norm in fam_norms(state)]}
+
+
+def fam_norms(state: Mapping[str, NDArray[Any]]) -> list[float]:
+    """The L2 norm of a FAM vector, on average, layer by layer."""
+    return [float(np.linalg.norm(state[n], axis=-1).mean()) for n in sorted(state) if n.startswith("past_fam")]
 
 
 def measure(
@@ -116,15 +122,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> dict[str, Any]:
     options = arguments(words)
     results: list[dict[str, Any]] = []
-    report = {
-        "seed": options.seed,
-        "form": options.form,
-        "sabotage": options.sabotage,
-        "backend": options.backend,
-        "results": results,
-        "device": device_facts(),
-        "versions": versions(),
-    }
+    report = {**about(options), "sabotage": options.sabotage, "results": results}
     for path in options.bundles:
         with fx.load(path, backend=options.backend) as session:
             task = bundle_task(session, options.form)
@@ -142,6 +140,12 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
                     save(report, options.out)
     print(json.dumps(report, sort_keys=True))
     return report
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """What every report says of its run."""
+    said = {name: getattr(options, name) for name in ("seed", "form", "backend")}
+    return {**said, "device": device_facts(), "versions": versions()}
 
 
 def save(report: dict[str, Any], out: Path | None) -> None:

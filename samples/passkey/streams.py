@@ -116,7 +116,7 @@ class Streams:
         every, ordinary = [], False
         for k, part in enumerate(text.split(self.block, 1)):
             at = self._modelled()
-            before, (logits, state) = state, self._go(part, state, "all" if at is None else at)
+            before, (logits, state) = state, self._go(part, state, at)
             if at is None:
                 every.append(logits)
                 logits, target = logits[:, :-1], part[:, 1:]
@@ -151,9 +151,14 @@ class Streams:
             return None
         return torch.randint(0, self.block - 1, (self.rows, min(SAMPLED, self.block - 1)), device=self.device)
 
-    def _go(self, tokens: Tensor, state: State, logits: str | Tensor = "all") -> tuple[Tensor, State]:
-        """One block. Everything contiguous, or every new stride would be compiled again."""
-        return self._step(tokens.contiguous(), {name: past.contiguous() for name, past in state.items()}, logits)
+    def _go(self, tokens: Tensor, state: State, at: Tensor | None) -> tuple[Tensor, State]:
+        """One block, with the logits of the places ``at`` [b, n] or of all. Everything contiguous, or every new stride
+        would be compiled again; a small model always gives all logits, or it would be compiled twice."""
+        call = tokens.contiguous(), {name: past.contiguous() for name, past in state.items()}
+        if self.options.pretrained:
+            return self._step(*call, at)
+        logits, state = self._step(*call)
+        return logits if at is None else taken(logits, at), state
 
     def _begin(self, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
         """Say another key in every stream whose life is over: the text with it, those rows, and where it was put."""
@@ -189,7 +194,7 @@ class Streams:
         place = (torch.rand(self.rows, device=self.device) * (start - said.shape[1]).clamp(min=0)).long()
         text = put(text, place, self.text.said(key), here)
         text = put(text, start, self.text.asked(key), torch.ones_like(here))
-        at = (start + length - DIGITS - 1)[:, None] + torch.arange(DIGITS, device=self.device)  # what predicts digits
+        at = predicting(start + length - DIGITS)
         logits, target = None, self.text.digits[key]
         for k, part in enumerate(text.split(self.block, 1)):
             there, state = self._go(part, state, (at - k * self.block).clamp(0, self.block - 1))
@@ -212,7 +217,16 @@ def put(text: Tensor, start: Tensor, piece: Tensor, rows: Tensor) -> Tensor:
 
 def answers(logits: Tensor, start: Tensor) -> Tensor:
     """The logits [b, DIGITS, V] that predict the tokens from ``start`` [b] on."""
-    at = start[:, None] - 1 + torch.arange(DIGITS, device=logits.device)
+    return taken(logits, predicting(start))
+
+
+def predicting(start: Tensor) -> Tensor:
+    """Where the logits stand [b, DIGITS] that predict the tokens from ``start`` [b] on."""
+    return start[:, None] - 1 + torch.arange(DIGITS, device=start.device)
+
+
+def taken(logits: Tensor, at: Tensor) -> Tensor:
+    """The logits of the places ``at`` [b, n]."""
     return logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))
 
 
@@ -243,7 +257,7 @@ def recall(model: FamModel, task: Task, kind: str, length: int, count: int, seed
     model.fold_fam()
     exam = task.exam(kind, length, count, seed, size)
     tokens, wanted = torch.from_numpy(exam.tokens).to(device), torch.from_numpy(exam.answers).to(device)
-    at = torch.from_numpy(exam.begins).to(device)[:, None] - 1 + torch.arange(DIGITS, device=device)
+    at = torch.from_numpy(exam.places).to(device)
     state, right = fresh(model, count, device), torch.zeros_like(wanted, dtype=torch.bool)
     for k, part in enumerate(tokens.split(size, 1)):
         logits, state = model.step(part, state)

@@ -52,6 +52,11 @@ class Exam:
     begins: Ids  # [n], where the answer begins
     answers: Ids  # [n, DIGITS], as tokens
 
+    @property
+    def places(self) -> Ids:
+        """Where the logits stand that say the answers [n, DIGITS]."""
+        return self.begins[:, None] - 1 + np.arange(DIGITS)
+
 
 class Task:
     """The task in the tokens of one tokenizer, in which each digit must be a token.
