@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from famexport.errors import FamExportError, MissingDependencyError
+from famexport.kernels.build import COMMAND
+from famexport.kernels.library import find
 from famexport.runtime.cuda import Cuda
 from famexport.runtime.ort import import_onnxruntime
 from famexport.runtime.process import device_facts
@@ -87,7 +89,19 @@ def _ort_gpu(name: str, provider: str, cuda: str | None) -> dict[str, Any]:
     if provider not in onnxruntime.get_available_providers():
         add = "pip install 'famexport[gpu]'"
         return _backend(name, False, f"onnxruntime {onnxruntime.__version__} has no {provider}", add)
-    return _backend(name, cuda is None, cuda or f"onnxruntime {onnxruntime.__version__}", None)
+    if cuda or name != "ort-cuda":
+        return _backend(name, cuda is None, cuda or f"onnxruntime {onnxruntime.__version__}", None)
+    built, said = kernels()
+    return _backend(name, True, f"onnxruntime {onnxruntime.__version__}, {said}", None if built else COMMAND)
+
+
+def kernels() -> tuple[bool, str]:
+    """Whether famexport's own CUDA kernels are built here, and what to say of them."""
+    try:
+        library = find()
+    except FamExportError as exc:
+        return False, str(exc).partition(";")[0]
+    return (True, "kernels built") if library else (False, "slower without its kernels")
 
 
 def _ort_cpu() -> dict[str, Any]:

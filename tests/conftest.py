@@ -128,3 +128,11 @@ def sessions(bundles: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
     yield get
     for session in made.values():
         session.close()
+
+
+@pytest.fixture(scope="session")
+def kernels_for_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of operators, built for the CPU: the same source, and the same maths where it is not a CUDA kernel."""
+    from famexport.kernels.build import build
+
+    return build(tmp_path_factory.mktemp("kernels"), cuda=False)

@@ -47,7 +47,7 @@ def _options(
 def _register() -> None:
     from famexport.cli import engines, look, make, talk, use
 
-    makers = make.init, make.convert, make.export, engines.build
+    makers = make.init, make.convert, make.export, engines.build, engines.kernels
     for command in (*makers, talk.run, talk.chat, use.bench, use.compare, use.verify, look.inspect, look.doctor):
         app.command()(command)
     app.add_typer(engines.recipe, name="recipe")

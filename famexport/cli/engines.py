@@ -1,4 +1,4 @@
-"""Commands about engines and the recipes for them: build, recipe list, show and copy."""
+"""Commands about what is built for a device: build, kernels; and the recipes: recipe list, show and copy."""
 
 from __future__ import annotations
 
@@ -98,6 +98,30 @@ def build(
                 f"products {products}{attention_said}",
                 markup=False,
             )
+
+
+def kernels(
+    out_folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the library.", show_default="$FAMEXPORT_KERNELS, or inside the package"),
+    ] = None,
+    arch: Annotated[
+        str, typer.Option(help="nvcc's -arch: native is this machine's GPU, all-major any, sm_87 Jetson Orin.")
+    ] = "native",
+    quiet: opt.Quiet = False,
+    json: opt.Json = False,
+) -> None:
+    """Compile the CUDA kernels that make ort-cuda faster, with nvcc; it takes half a minute."""
+    from famexport.kernels.build import build as compile_kernels
+    from famexport.kernels.library import FOLDER, folder
+
+    library = compile_kernels(out_folder or folder(), arch=arch)
+    if json:
+        print_json({"library": str(library), "bytes": library.stat().st_size, "arch": arch})
+    elif not quiet:
+        out.print(f"{library}: {size(library.stat().st_size)}, for {arch}", markup=False)
+        if library.parent != folder():
+            out.print(f"to have it used: export {FOLDER}={library.parent.resolve()}", markup=False)
 
 
 def _profile(text: str | None) -> tuple[int, int, int] | None:

@@ -11,83 +11,131 @@ Same maths as ``model.py``, another form, because on a GPU a step is bound by it
 - The open block has a slot too, and FAM's keys and values are computed once for it, by the graph that begins it.
 - *Steady* graphs are for rows whose memory is full (and, in ``append_step``, whose slot has FAM's keys and values): no
   mask that depends on the count, F_0 nowhere. ``*_start`` graphs are right for every row.
+- *Fused* graphs are steady ones with operators of famexport's own kernel library (``cuda_fused.py``) where these can
+  take the model; gate and up weights are one input, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from famexport.config import FamConfig
 from famexport.contract import CHUNK_LENGTH, OPEN_LENGTH, PRECISION_DTYPE, StepContract
-from famexport.export.cuda_net import Plan, Step
+from famexport.export.cuda_fused import THIN_ROWS
+from famexport.export.cuda_layer import LayerStep, Residual
+from famexport.export.cuda_net import Plan
 from famexport.runtime.device_weights import parts
 
+_CAUSAL_BLOCK = 256  # tokens of a block from which attention without a mask is the faster
+_KINDS = "key", "value"
 
-class BlockStep(Step):
+
+class BlockStep(LayerStep):
     def model(self) -> ir.Model:
         c, net, f, t, r = self.c, self.net, self.c.fam_length, self.c.block_size, self.plan.rows
         fed = self._fed(t)
         self._see_start()
-        self.tables = self._tables()
-        self.bias = self._bias(net.constant(np.concatenate([np.full(f, t), np.arange(t)])[None, None, :, None]))
-        self.is_fam = net.constant(np.arange(r)[None, :, None] < f) if f else None
-        x = self._embedded(fed)
+        self.packed = self.fused and self.kernels.packs
+        self.causal = self.packed and t >= _CAUSAL_BLOCK
+        self.tables = self._tables(*(("query", "columns") if self.packed else ()))
+        if not self.causal:
+            self.bias = self._bias(net.constant(np.concatenate([np.full(f, t), np.arange(t)])[None, None, :, None]))
+        if f and not self.fused:
+            self.is_fam = net.constant(np.arange(r)[None, :, None] < f)
+        embedded = self._embedded(fed)
         if f:
-            x = net.op("Concat", self._zeros(self.plan.batch, f, c.hidden_size), x, axis=1)
+            embedded = net.op("Concat", self._zeros(self.plan.batch, f, c.hidden_size), embedded, axis=1)
+        x = Residual(embedded)
         for i in range(c.num_hidden_layers):
             x = self._layer(i, x)
-            if f:
-                shape = self.plan.batch, r, c.hidden_size
-                self.outputs.append(net.output(x, f"present_fam_{i:02d}", ir.DataType.FLOAT, shape))
         n = 1 if self.plan.logits == "last" else t
-        self._head(x if n == r else self._slice(x, r - n, r), n)
+        self._give_fam(c.num_hidden_layers - 1, self._head(x, n, lambda x: x if n == r else self._slice(x, r - n, r)))
         return self.graph("block_step")
 
-    def _layer(self, i: int, x: ir.Value) -> ir.Value:
-        net, rows, residual = self.net, x, x
-        if self.is_fam is not None:
-            fam, fam_residual = self._fam(i)
-            rows = residual = net.op("Where", self.is_fam, fam, x)
-            if fam_residual is not fam:
-                residual = net.op("Where", self.is_fam, fam_residual, x)
-        q, k, v = self._qkv(i, self._norm(rows, f"model.layers.{i}.input_layernorm", self.c.hidden_size))
-        own = {"key": k, "value": v}
-        if self.c.memory_segments:
-            for kind, value in own.items():
-                self.outputs.append(net.output(value, f"present_{kind}_{i:02d}", self.type, self._slot_shape))
+    def _layer(self, i: int, x: Residual) -> Residual:
+        fam = self._fam(i) if self.c.fam_length else None
+        whole, x, z = self._skip_norm(x, f"model.layers.{i}.input_layernorm", fam)
+        self._give_fam(i - 1, whole)
+        qkv = self._qkv(i, z)
+        if self.packed:
+            return self._finish(i, x, self._packed(i, qkv))
+        q, *own = self._heads(i, qkv)
+        self._give(i, own)
         keys, values = self._memory(i, own)
         q, keys = self._rotate(q, self.tables["query"]), self._rotate(keys, self.tables["columns"])
-        return self._finish(i, residual, self._attend(q, keys, values, self.plan.columns, self.bias))
+        return self._finish(i, x, self._attend(q, keys, values, self.plan.columns, self.bias))
+
+    def _packed(self, i: int, qkv: ir.Value) -> ir.Value:
+        """The heads, where one operator does all that comes before attention."""
+        split = self.causal and self.c.fam_length > 0
+        slots = [slot for past in self._slots(i) for slot in past]
+        key, value, q, *seen = self.kernels.block_memory(
+            qkv, self.tables["query"], self.tables["columns"], slots, split=split
+        )
+        self._give(i, [key, value])
+        if split:
+            fam_q, keys, values, *fam_seen = seen
+            tokens = self._attention(q, keys, values, unidirectional=1)
+            return self.net.op("Concat", self._attention(fam_q, *fam_seen), tokens, axis=1)
+        keys, values = seen
+        if self.causal:
+            return self._attention(q, keys, values, unidirectional=1)
+        return self._attention(q, keys, values, self.bias)
+
+    def _give(self, i: int, own: Sequence[ir.Value]) -> None:
+        if self.c.memory_segments:
+            for kind, value in zip(_KINDS, own, strict=True):
+                self.outputs.append(self.net.output(value, f"present_{kind}_{i:02d}", self.type, self._slot_shape))
+
+    def _give_fam(self, i: int, whole: ir.Value) -> None:
+        if self.c.fam_length and i >= 0:
+            shape = self.plan.batch, self.plan.rows, self.c.hidden_size
+            self.outputs.append(self.net.output(whole, f"present_fam_{i:02d}", ir.DataType.FLOAT, shape))
 
 
-class AppendStep(Step):
+class AppendStep(LayerStep):
     """``append_step`` for ``chunk`` positions. The start graph also puts FAM's keys and values into the slot."""
 
     def __init__(self, plan: Plan, chunk: int, *, steady: bool) -> None:
         super().__init__(plan, steady=steady)
         self.chunk = chunk
+        if self.fused and plan.batch * chunk <= THIN_ROWS:
+            self.thin_rows = plan.batch * chunk
+        self.packed = self.thin_rows > 0 and self.kernels.packs_tokens
 
     def model(self, name: str) -> ir.Model:
         c, net, b, n = self.c, self.net, self.plan.batch, self.chunk
         fed = self._fed(n)
         length, opened = (net.input(name, ir.DataType.INT64, (b,)) for name in (CHUNK_LENGTH, OPEN_LENGTH))
         self._see_start()
-        self.tables = self._tables()
-        place = net.op("Add", net.op("Reshape", opened, net.ints(b, 1)), net.constant(np.arange(n)[None]))  # [b, n]
-        self.positions = net.op("Min", place, net.ints(c.block_size - 1))  # only padding reaches the limit
-        self.bias = self._bias(net.op("Reshape", self.positions, net.ints(b, 1, n, 1)))
-        self._place(opened, length)
-        x = self._embedded(fed)
+        if self.packed:
+            self.tables, self.lengths = self._tables("token", "columns"), (opened, length)
+        else:
+            self.tables = self._tables()
+            place = net.op("Add", net.op("Reshape", opened, net.ints(b, 1)), net.constant(np.arange(n)[None]))  # [b, n]
+            self.positions = net.op("Min", place, net.ints(c.block_size - 1))  # only padding reaches the limit
+            self.bias = self._bias(net.op("Reshape", self.positions, net.ints(b, 1, n, 1)))
+            self._place(opened, length)
+        x = Residual(self._embedded(fed))
         for i in range(c.num_hidden_layers):
             x = self._layer(i, x)
         if self.plan.logits == "last":
-            last = net.op("Max", net.op("Sub", length, net.ints(1)), net.ints(0))
-            x = net.op("GatherND", x, net.op("Reshape", last, net.ints(b, 1, 1)), batch_dims=1)
-        self._head(x, 1 if self.plan.logits == "last" else n)
+            self._head(x, 1, lambda x: self._last(x, length))
+        else:
+            self._head(x, n, lambda x: x)
         return self.graph(name)
+
+    def _last(self, x: ir.Value, length: ir.Value) -> ir.Value:
+        """Of x [b, c, D] the row of each chunk's last token, [b, 1, D]."""
+        net = self.net
+        if self.fused and self.chunk == 1:
+            return x
+        last = net.op("Max", net.op("Sub", length, net.ints(1)), net.ints(0))
+        return net.op("GatherND", x, net.op("Reshape", last, net.ints(self.plan.batch, 1, 1)), batch_dims=1)
 
     def _place(self, opened: ir.Value, length: ir.Value) -> None:
         """Which rows of the slot are the chunk's [b, F+T, 1], and which of the chunk's each is [b, F+T, 1]."""
@@ -111,27 +159,48 @@ class AppendStep(Step):
         kept = self.net.op("Mul", slot, self._cast(self.net.op("Not", self.hit), self.type))
         return self.net.op("Add", kept, self.net.op("Mul", new, hit))
 
-    def _layer(self, i: int, x: ir.Value) -> ir.Value:
-        net, f, r, rows = self.net, self.c.fam_length, self.plan.rows, x
+    def _layer(self, i: int, x: Residual) -> Residual:
+        net, c, f, name = self.net, self.c, self.c.fam_length, f"model.layers.{i}.input_layernorm"
         begins = f > 0 and not self.steady
         if begins:
-            rows = net.op("Concat", self._slice(self._fam(i)[0], 0, f), x, axis=1)
-        q, *kv = self._qkv(i, self._norm(rows, f"model.layers.{i}.input_layernorm", self.c.hidden_size))
-        own = {}
-        for kind, new in zip(("key", "value"), kv, strict=True):
-            slot = net.input(f"past_open_{kind}_{i:02d}", self.type, self._slot_shape)
-            if begins:
-                slot = net.op("Concat", self._slice(new, 0, f), self._slice(slot, f, r), axis=1)
-                new = self._slice(new, f, f + self.chunk)
-            own[kind] = self._write(slot, new)
-            self.outputs.append(net.output(own[kind], f"present_open_{kind}_{i:02d}", self.type, self._slot_shape))
+            z = self._norm(net.op("Concat", self._slice(self._fam(i)[0], 0, f), x.base, axis=1), name, c.hidden_size)
+            qkv = self._qkv(i, z)
+        else:
+            qkv_name = f"model.layers.{i}.self_attn.qkv_proj"
+            x, qkv = self._normed_linear(x, name, qkv_name, self._qkv_width, c.qkv_bias)
+        if self.packed:
+            return self._finish(i, x, self._packed(i, qkv))
+        q, *new = self._heads(i, qkv)
+        own = [self._give(i, kind, self._open(i, kind, rows, begins)) for kind, rows in zip(_KINDS, new, strict=True)]
         keys, values = self._memory(i, own)
         q = self._rotate(self._slice(q, f, f + self.chunk) if begins else q, self.tables["token"], self.positions)
         keys = self._rotate(keys, self.tables["columns"])
         return self._finish(i, x, self._attend(q, keys, values, self.plan.columns, self.bias))
 
+    def _packed(self, i: int, qkv: ir.Value) -> ir.Value:
+        """The heads, where one operator does all that comes before attention, and attention."""
+        slots = [slot for past in self._slots(i) for slot in past]
+        opened = [self._open_slot(i, kind) for kind in _KINDS]
+        tables = self.tables["token"], self.tables["columns"]
+        heads, *own = self.kernels.token_attention(qkv, *self.lengths, *tables, opened, slots)
+        for kind, slot in zip(_KINDS, own, strict=True):
+            self._give(i, kind, slot)
+        return heads
 
-class CommitBlock(Step):
+    def _open(self, i: int, kind: str, new: ir.Value, begins: bool) -> ir.Value:
+        """The open block's slot with the chunk's keys or values."""
+        net, f, r, slot = self.net, self.c.fam_length, self.plan.rows, self._open_slot(i, kind)
+        if begins:
+            slot = net.op("Concat", self._slice(new, 0, f), self._slice(slot, f, r), axis=1)
+            new = self._slice(new, f, f + self.chunk)
+        return self._write(slot, new)
+
+    def _give(self, i: int, kind: str, slot: ir.Value) -> ir.Value:
+        self.outputs.append(self.net.output(slot, f"present_open_{kind}_{i:02d}", self.type, self._slot_shape))
+        return slot
+
+
+class CommitBlock(LayerStep):
     """``commit_block`` as if every row's open block were full; the loop takes over those that are."""
 
     def model(self) -> ir.Model:
@@ -140,9 +209,7 @@ class CommitBlock(Step):
             self._see_start()
         self.tables = self._tables()
         for i in range(c.num_hidden_layers):
-            opened = {
-                kind: net.input(f"past_open_{kind}_{i:02d}", self.type, self._slot_shape) for kind in ("key", "value")
-            }
+            opened = {kind: self._open_slot(i, kind) for kind in _KINDS}
             if f:
                 rows = net.op("Concat", self._layer(i, opened), self._zeros(b, t, c.hidden_size), axis=1)
                 shape = b, r, c.hidden_size
@@ -156,14 +223,20 @@ class CommitBlock(Step):
     def _layer(self, i: int, opened: dict[str, ir.Value]) -> ir.Value:
         """F_tau [b, F, D]."""
         net, f, r = self.net, self.c.fam_length, self.plan.rows
-        fam, residual = (self._slice(value, 0, f) for value in self._fam(i))
-        q, *kv = self._qkv(i, self._norm(fam, f"model.layers.{i}.input_layernorm", self.c.hidden_size))
+        name = f"model.layers.{i}.input_layernorm"
+        if self.fused:
+            _, x, z = self._skip_norm(Residual(self._slice(self._fam(i)[0], 0, f)), name)
+        else:
+            fam, residual = (self._slice(value, 0, f) for value in self._fam(i))
+            x, z = Residual(residual), self._norm(fam, name, self.c.hidden_size)
+        q, *kv = self._heads(i, self._qkv(i, z))
         keys, values = (
             net.op("Concat", new, self._slice(slot, f, r), axis=1)
             for new, slot in zip(kv, opened.values(), strict=True)
         )
         q, keys = self._rotate(q, self.tables["fam_query"]), self._rotate(keys, self.tables["key"])
-        return self._finish(i, residual, self._attend(q, keys, values, r, None))
+        x = self._finish(i, x, self._attend(q, keys, values, r, None))
+        return x.base if x.delta is None else self._sum(x.base, x.delta)
 
 
 def cuda_graphs(
@@ -185,11 +258,15 @@ def cuda_graphs(
     found: dict[str, dict[str, ir.Model]] = {}
     for name in contract.graph_names:
         found[name] = {}
-        for key, steady in (("ort-cuda", True), ("ort-cuda-start", False)):
+        for key, form, steady in (
+            ("ort-cuda", plan, True),
+            ("ort-cuda-start", plan, False),
+            ("ort-cuda-fused", replace(plan, fused=True), True),
+        ):
             if chunk := contract.graph(name).chunk:
-                found[name][key] = AppendStep(plan, chunk, steady=steady).model(name)
+                found[name][key] = AppendStep(form, chunk, steady=steady).model(name)
             else:
-                found[name][key] = (BlockStep if name == "block_step" else CommitBlock)(plan, steady=steady).model()
+                found[name][key] = (BlockStep if name == "block_step" else CommitBlock)(form, steady=steady).model()
     models = [model for variants in found.values() for model in variants.values()]
     taken = {part for model in models for value in model.graph.inputs for part in parts(str(value.name))}
     lacking = {name for name in taken if "." in name and not name.startswith("past_")} - set(weights)

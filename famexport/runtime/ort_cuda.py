@@ -35,6 +35,8 @@ class OrtCuda(Backend):
     provider = "CUDAExecutionProvider"
     device = "cuda"
     uncaptured_reason: str | None = None  # where there is more to say than that the engine cannot
+    kernels: str | None = None  # "fused", or why they are not, where a bundle has graphs made for CUDA
+    library: Path | None = None  # of custom operators
     libraries = "its CUDA or cuDNN libraries (pip install 'onnxruntime-gpu[cuda,cudnn]')"
 
     def __init__(
@@ -47,8 +49,9 @@ class OrtCuda(Backend):
     ) -> None:
         super().__init__(contract, precision)
         self.sessions: dict[str, Any] = {}
+        self._files, self._threads = dict(graphs), threads
         self._cuda: Cuda | None = None
-        ort = import_onnxruntime()
+        self._ort = ort = import_onnxruntime()
         available = ort.get_available_providers()
         if self.provider not in available:
             raise IncompatibleError(
@@ -58,7 +61,8 @@ class OrtCuda(Backend):
             ort.preload_dlls()  # CUDA and cuDNN from the wheels that pip installed
         self._cuda = Cuda()
         try:
-            self.sessions = {name: self._load(ort, file, threads, self._cuda) for name, file in graphs.items()}
+            for name in self._files:
+                self.sessions[name] = self._load(name)
         except BaseException:
             self.close()
             raise
@@ -68,13 +72,16 @@ class OrtCuda(Backend):
         options = {"user_compute_stream": str(stream), "use_tf32": "0", "device_id": "0"}
         return [("CUDAExecutionProvider", options)]
 
-    def _load(
-        self, ort: Any, graph: Path, threads: int | None, cuda: Cuda, extra: Mapping[str, str] | None = None
-    ) -> Any:
+    def _load(self, name: str, extra: Mapping[str, str] | None = None) -> Any:
+        """A session of one graph; ``extra``: options of the provider."""
+        ort, graph, cuda = self._ort, self._files[name], self._cuda
+        assert cuda is not None
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        if threads:
-            options.intra_op_num_threads = threads
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        if self.library is not None:
+            self._register(options, self.library)
         try:
             providers = self._providers(cuda.stream)
             providers[0][1].update(extra or {})
@@ -91,6 +98,17 @@ class OrtCuda(Backend):
             )
         return session
 
+    def _register(self, options: Any, library: Path) -> None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as exc:  # as above
+            from famexport.kernels.build import COMMAND
+
+            raise IncompatibleError(
+                f"onnxruntime {self._ort.__version__} cannot load {library.name}: {_first_line(exc)}; "
+                f"build it again: {COMMAND}"
+            ) from exc
+
     def _open(self, batch: int) -> DeviceLoop:
         if self._cuda is None:
             raise FamExportError(f"the backend {self.name} is closed; load the bundle again")
@@ -98,6 +116,8 @@ class OrtCuda(Backend):
         loop = DeviceLoop(self.contract, batch, engine, self._cuda)
         if self.uncaptured_reason:
             loop.info["uncaptured_reason"] = self.uncaptured_reason
+        if self.kernels:
+            loop.info["kernels"] = self.kernels
         return loop
 
     def close(self) -> None:

@@ -1,13 +1,15 @@
 """ONNX Runtime's CUDA provider with the graphs made for it: one copy of the weights, a ring of states, captured steps.
 
-ONNX Runtime itself captures each turn of the ring as a CUDA graph, which it can since every node runs on the device. It
-keeps what it captured, with contexts of CUDA's libraries, for each thread that ever ran a session: a stream that a new
-thread drives for every request captures again and its memory grows. Drive it from few threads.
+ONNX Runtime itself captures each turn of the ring as a CUDA graph, which it can since every node runs on the device:
+the first run of a set of addresses computes uncaptured, captures and replays. A graph that it cannot capture runs as
+it is, and a loop's ``info`` says so. It keeps what it captured, with contexts of CUDA's libraries, for each thread
+that ever ran a session: a stream that a new thread drives for every request captures again and its memory grows.
+Drive it from few threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +17,6 @@ from typing import Any, cast
 from famexport.bundle import Bundle
 from famexport.contract import ITEM_BYTES, GraphIO, StepContract
 from famexport.errors import BundleError, FamExportError, IncompatibleError, raise_problems
-from famexport.runtime.cuda import Cuda
 from famexport.runtime.device import DeviceLoop
 from famexport.runtime.device_weights import DeviceWeights
 from famexport.runtime.enqueue import CudaLayer
@@ -32,15 +33,20 @@ _TYPES = {
 }
 
 
-def ring_files(bundle: Bundle) -> dict[str, Path]:
-    """The graphs made for CUDA, as ``OrtCudaRing`` takes them; none where a bundle has none."""
+def ring_files(bundle: Bundle, *, fused: bool = False) -> dict[str, Path]:
+    """The graphs made for CUDA, as ``OrtCudaRing`` takes them; none where a bundle has none.
+
+    Args:
+        fused: steady graphs with the operators of ``famexport.kernels``; start graphs have none.
+    """
     own = {name: graph.variants for name, graph in bundle.manifest.graphs.items()}
-    if not all({"ort-cuda", "ort-cuda-start"} <= set(variants) for variants in own.values()):
+    steady, start = "ort-cuda-fused" if fused else "ort-cuda", "ort-cuda-start"
+    if not all({steady, start} <= set(variants) for variants in own.values()):
         return {}
     return {
-        name + suffix: bundle.file(variants["ort-cuda" + mark])
+        name + suffix: bundle.file(variants[key])
         for name, variants in own.items()
-        for suffix, mark in (("", ""), (START, "-start"))
+        for suffix, key in (("", steady), (START, start))
     }
 
 
@@ -50,6 +56,7 @@ class OrtCudaRing(OrtCuda):
     Args:
         graphs: each graph of the contract, and its ``layout.START`` one.
         capture: let ONNX Runtime capture what it runs.
+        library: of the operators that fused graphs have.
     """
 
     def __init__(
@@ -61,8 +68,11 @@ class OrtCudaRing(OrtCuda):
         threads: int | None = None,
         *,
         capture: bool = True,
+        library: Path | None = None,
     ) -> None:
         self.weights: DeviceWeights | None = None
+        self.uncaptured_graphs: dict[str, str] = {}  # each with the reason
+        self.library, self.kernels = library, "fused" if library else None
         self._capture = capture
         self._numbers: dict[Call, int] = {}
         self._regions: KeptRegions | None = None
@@ -76,17 +86,34 @@ class OrtCudaRing(OrtCuda):
             self.close()
             raise
 
-    def _load(
-        self, ort: Any, graph: Path, threads: int | None, cuda: Cuda, extra: Mapping[str, str] | None = None
-    ) -> Any:
-        if not self._capture or graph.stem.endswith("-start"):  # a start graph runs a few times in a stream's life
-            return super()._load(ort, graph, threads, cuda)
+    def _load(self, name: str, extra: Mapping[str, str] | None = None) -> Any:
+        if not self._capture:
+            return super()._load(name, extra)
         try:
-            return super()._load(ort, graph, threads, cuda, {"enable_cuda_graph": "1"})
+            return super()._load(name, {**(extra or {}), "enable_cuda_graph": "1"})
         except IncompatibleError as exc:
-            session = super()._load(ort, graph, threads, cuda)
-            self.uncaptured_reason = str(exc)
+            session = super()._load(name, extra)
+            self._note(name, str(exc))
             return session
+
+    def _note(self, name: str, reason: str) -> None:
+        self.uncaptured_graphs[name] = reason
+        if not name.endswith(START):
+            self.uncaptured_reason = reason
+
+    def _without_capture(self, name: str, reason: str) -> Any:
+        """A session for a graph whose capture failed in a run; later loops take it too. None: the backend is closed."""
+        if self._cuda is not None and name not in self.uncaptured_graphs:
+            self.sessions[name] = super()._load(name)
+            self._note(name, reason)
+        return self.sessions.get(name)
+
+    def _said(self, uncaptured: Mapping[str, str]) -> dict[str, Any]:
+        """What a loop's ``info`` says. Start graphs run a few times in a stream's life: without them it is captured."""
+        reasons = [reason for name, reason in uncaptured.items() if not name.endswith(START)]
+        reason = "not asked for" if not self._capture else reasons[0] if reasons else None
+        said = {"captured": reason is None, "uncaptured_reason": reason, "uncaptured_graphs": dict(uncaptured)}
+        return said | ({"kernels": self.kernels} if self.kernels else {})
 
     def _weight_names(self) -> list[str]:
         """Inputs that are no part of a step's own, each once, in graph order."""
@@ -98,11 +125,27 @@ class OrtCudaRing(OrtCuda):
     def _open(self, batch: int) -> DeviceLoop:
         if self._cuda is None or self.weights is None:
             raise FamExportError(f"the backend {self.name} is closed; load the bundle again")
-        captured = self._capture and self.uncaptured_reason is None
-        numbers = self._numbers if captured else None
-        engine = RingEnqueuer(self.contract, batch, self.sessions, self.layout, self.weights, numbers)
+        uncaptured, info = dict(self.uncaptured_graphs), dict[str, Any]()
+
+        def without_capture(graph: str, reason: str) -> Any:
+            if (session := self._without_capture(graph, reason)) is not None:
+                uncaptured[graph] = reason
+                info.update(self._said(uncaptured))
+            return session
+
+        engine = RingEnqueuer(
+            self.contract,
+            batch,
+            self.sessions,
+            self.layout,
+            self.weights,
+            self._numbers if self._capture else None,
+            uncaptured,
+            without_capture,
+        )
         loop = DeviceLoop(self.contract, batch, engine, cast(CudaLayer, self._regions), layout=self.layout)
-        loop.info.update(captured=captured, uncaptured_reason=self.uncaptured_reason)
+        info = loop.info  # without a hold on the loop itself
+        info.update(self._said(uncaptured))
         return loop
 
     def close(self) -> None:
@@ -121,6 +164,9 @@ class RingEnqueuer(OrtEnqueuer):
 
     Args:
         numbers: of those graphs, shared by all loops over the same sessions; None where nothing is captured.
+        uncaptured: graphs whose sessions do not capture.
+        without_capture: called with a graph whose capturing session failed, and the error; gives one that does not
+            capture and adds the graph to ``uncaptured``, or gives None.
     Raises:
         BundleError: a graph takes or gives what the layout has not, or in another size: it would read or write beyond
             what is its own.
@@ -134,9 +180,12 @@ class RingEnqueuer(OrtEnqueuer):
         layout: Layout,
         weights: DeviceWeights,
         numbers: dict[Call, int] | None,
+        uncaptured: Mapping[str, str] | None = None,
+        without_capture: Callable[[str, str], Any] | None = None,
     ) -> None:
         super().__init__(contract, batch, sessions)
-        self._weights, self._numbers = weights, numbers
+        self._weights, self._numbers, self._uncaptured = weights, numbers, uncaptured if uncaptured is not None else {}
+        self._without_capture = without_capture
         for name, session in self._sessions.items():
             taken, given = _sizes(layout, layout.graphs[name], batch)
             taken |= {weight: (None, size) for weight, size in weights.sizes.items()}
@@ -146,13 +195,27 @@ class RingEnqueuer(OrtEnqueuer):
             raise_problems(BundleError, f"the graph {name} made for CUDA", problems)
         weights.retain()
 
+    def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
+        """A run that fails where it may have been the capture that failed is done again without capture."""
+        try:
+            super().enqueue(graph, addresses, stream)
+        except FamExportError as exc:
+            if self._numbers is None or graph in self._uncaptured or self._without_capture is None:
+                raise
+            if (session := self._without_capture(graph, str(exc))) is None:
+                raise
+            for call in [call for call in self._calls if call[0] == graph]:
+                del self._calls[call]
+            self._sessions[graph] = session
+            super().enqueue(graph, addresses, stream)
+
     def _options(self, graph: str, addresses: Mapping[str, int]) -> Any:
         """A session replays what it captured under a number with the addresses of then, whatever is bound now: two
         loops must not share one, but a later loop in the place of an earlier one may."""
         import onnxruntime
 
         number = -1  # capture nothing and replay nothing: without a number a session that captures would take 0 for all
-        if self._numbers is not None and not graph.endswith(START):
+        if self._numbers is not None and graph not in self._uncaptured:
             call = graph, tuple(addresses.values())
             number = self._numbers.setdefault(call, len(self._numbers) + 1)
         options = onnxruntime.RunOptions()

@@ -33,7 +33,11 @@ class Session:
         self._closed = False
 
     def info(self) -> dict[str, Any]:
-        """Backend, why it was chosen, provider, device, precision, bytes of one row's state, and the bundle's id."""
+        """Backend, why it was chosen, provider, device, precision, bytes of one row's state, and the bundle's id.
+
+        With the backend ort-cuda also ``kernels``, where the bundle has graphs made for it: "fused", or why not.
+        """
+        kernels = getattr(self.backend, "kernels", None)
         return {
             "backend": self.backend.name,
             "reason": self._reason or "asked for",
@@ -42,6 +46,7 @@ class Session:
             "precision": self.backend.precision,
             "state_bytes": self.contract.state_bytes(),
             "bundle_id": self.bundle.id,
+            **({"kernels": kernels} if kernels else {}),
         }
 
     def stream(self, batch: int | None = None, *, on_nonfinite: str = "raise") -> Stream:
@@ -180,12 +185,36 @@ def _ort_on_gpu(bundle: Bundle, name: str, weights: Path | None, threads: int | 
     files = {graph: bundle.file(f.file) for graph, f in manifest.graphs.items()}
     if name == "ort-tensorrt":
         return OrtTensorrt(*args, files, weights, threads)
-    reason, ring = None, ring_files(bundle)
+    reason, kernels, ring = None, None, ring_files(bundle)
     if ring and weights is not None:
+        library, kernels = _fused_kernels(bundle)
+        if library is not None:
+            try:
+                return OrtCudaRing(*args, ring_files(bundle, fused=True), weights, threads, library=library)
+            except IncompatibleError as exc:
+                kernels = f"they do not load here: {exc}"
         try:
-            return OrtCudaRing(*args, ring, weights, threads)
+            unfused = OrtCudaRing(*args, ring, weights, threads)
+            unfused.kernels = kernels
+            return unfused
         except IncompatibleError as exc:  # the portable graphs have operators that every version has
             reason = f"the graphs made for CUDA do not load here: {exc}"
     backend = OrtCuda(*args, files, weights, threads)
-    backend.uncaptured_reason = reason
+    backend.uncaptured_reason, backend.kernels = reason, kernels
     return backend
+
+
+def _fused_kernels(bundle: Bundle) -> tuple[Path | None, str | None]:
+    """The library that a bundle's fused graphs need, or why they are not run."""
+    from famexport.runtime.ort_ring import ring_files
+
+    if not ring_files(bundle, fused=True):
+        return None, "the bundle has no graphs for them: export it again"
+    from famexport.kernels.build import COMMAND
+    from famexport.kernels.library import find
+
+    try:
+        library = find()
+    except IncompatibleError as exc:
+        return None, str(exc)
+    return library, None if library else f"not built: {COMMAND}"

@@ -171,7 +171,7 @@ def test_graphs_manifest_and_contract_agree(made: Made, name: str) -> None:
     for graph, files in manifest.graphs.items():
         assert files.file == f"{graph}.onnx"
         on_cpu = {"ort-cpu"} if export.precision == "bf16" else set()
-        on_cuda = {"ort-cuda", "ort-cuda-start"} if contract.batch != "dynamic" else set()
+        on_cuda = {"ort-cuda", "ort-cuda-start", "ort-cuda-fused"} if contract.batch != "dynamic" else set()
         assert set(files.variants) == on_cpu | on_cuda
         for path in (export.bundle.path / n for n in (files.file, *(files.variants[key] for key in on_cpu))):
             onnx.checker.check_model(path, full_check=True)

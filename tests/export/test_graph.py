@@ -244,7 +244,7 @@ def test_two_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
     seed, there = json.loads(done.stdout.splitlines()[-1])
     assert seed != hash("seed")  # the order of sets is another in this process
     assert there == digests(checkpoint, tmp_path / "here")
-    kinds = {"onnx", "ort-cpu.onnx", "ort-cuda.onnx", "ort-cuda-start.onnx"}
+    kinds = {"onnx", "ort-cpu.onnx", "ort-cuda.onnx", "ort-cuda-start.onnx", "ort-cuda-fused.onnx"}
     graphs = {f"all/{graph}.{kind}" for graph in ("block_step", "append_step", "commit_block") for kind in kinds}
     graphs |= {"block/block_step.onnx", "block/block_step.ort-cpu.onnx"}
     others = {"golden.safetensors", "id", "manifest.json", "weights.safetensors"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,11 @@ class CpuRing(RingEnqueuer):
 
 
 class CpuRingBackend(Backend):
+    """``library``: of the fused operators, built for the CPU; with it the fused graphs are run."""
+
     name, provider, device = "ring", "fake", "fake"
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, library: Path | None = None) -> None:
         import onnxruntime as ort
 
         super().__init__(session.contract, session.backend.precision)
@@ -50,9 +53,13 @@ class CpuRingBackend(Backend):
         self.layout = ring_layout(contract, contract.fam_length + contract.block_size)
         self.cuda, options = FakeCuda(), ort.SessionOptions()
         options.log_severity_level = 3
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        files = ring_files(bundle, fused=library is not None)
+        assert files
         self.sessions = {
             graph: ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-            for graph, file in ring_files(bundle).items()
+            for graph, file in files.items()
         }
         stepped = {s.name for io in self.layout.graphs.values() for s in io.inputs}
         stepped |= {name for stored in self.layout.stored.values() for name in stored.names}
@@ -62,3 +69,6 @@ class CpuRingBackend(Backend):
     def _open(self, batch: int) -> Loop:
         self.engine = CpuRing(self, batch)
         return DeviceLoop(self.contract, batch, self.engine, self.cuda, layout=self.layout)
+
+
+RingBackend = Callable[[Session], CpuRingBackend]

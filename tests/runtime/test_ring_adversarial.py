@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
-from cpu_ring import CpuRing, CpuRingBackend
+from cpu_ring import CpuRing, CpuRingBackend, RingBackend
 from fake_cuda import FakeCuda, view
+from fake_ort import FakeSession, install
 
 import famexport as fx
 from famexport.bundle import Bundle, open_bundle
@@ -24,10 +23,9 @@ from famexport.config import preset
 from famexport.contract import OPEN_LENGTH
 from famexport.errors import BundleError, FamExportError
 from famexport.manifest import GraphFiles
-from famexport.runtime.backend import STORAGE
 from famexport.runtime.device_weights import DeviceWeights
 from famexport.runtime.layout import COUNT
-from famexport.runtime.ort_ring import _TYPES, OrtCudaRing
+from famexport.runtime.ort_ring import OrtCudaRing
 from famexport.runtime.session import Session, open_backend
 
 CASES: dict[str, dict[str, Any]] = {
@@ -55,6 +53,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return get
 
 
+@pytest.fixture
+def ring_backend() -> RingBackend:
+    """What ``test_fused_ring.py`` has other graphs for."""
+    return CpuRingBackend
+
+
 def close(a: np.ndarray, b: np.ndarray) -> bool:
     return float(np.abs(a - b).max(initial=0)) <= 2e-5 * max(float(np.abs(b).max(initial=0)), 1.0)
 
@@ -68,11 +72,13 @@ def equal_states(device: Any, host: Any, row: int | None = None) -> list[str]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_of_calls_equals_the_host_loop(exported: Callable[..., Path], case: str, seed: int) -> None:
+def test_any_order_of_calls_equals_the_host_loop(
+    exported: Callable[..., Path], case: str, seed: int, ring_backend: RingBackend
+) -> None:
     """What a pool does, and more: rows out of step, idle ones, commits of some rows, writes, resets, truncations,
     snapshots in the middle of a block and before the memory is full."""
     with fx.load(exported(case), "ort-cpu") as session:
-        host, device = session._open(None), CpuRingBackend(session).open()
+        host, device = session._open(None), ring_backend(session).open()
         contract, rng = session.contract, np.random.default_rng(seed)
         size, vocab = contract.block_size, contract.vocab_size
         held, saved = np.zeros(ROWS, np.int64), [(host.read(row), 0) for row in range(ROWS)]
@@ -136,9 +142,11 @@ def test_any_order_of_calls_equals_the_host_loop(exported: Callable[..., Path], 
             assert np.array_equal(device.tensor(OPEN_LENGTH), held)
 
 
-def test_streams_of_a_pool_are_restored_in_the_middle_of_blocks(exported: Callable[..., Path]) -> None:
+def test_streams_of_a_pool_are_restored_in_the_middle_of_blocks(
+    exported: Callable[..., Path], ring_backend: RingBackend
+) -> None:
     with fx.load(exported(), "ort-cpu") as session:
-        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(9)
+        ring, rng = Session(session.bundle, ring_backend(session)), np.random.default_rng(9)
         with session.pool() as host, ring.pool() as device:
             pairs = [(host.open(), device.open()) for _ in range(ROWS)]
             snapshots = [(a.snapshot(), b.snapshot()) for a, b in pairs]
@@ -157,10 +165,12 @@ def test_streams_of_a_pool_are_restored_in_the_middle_of_blocks(exported: Callab
 
 @pytest.mark.parametrize("policy", ["skip", "reset"])
 @pytest.mark.parametrize("bad", range(ROWS))
-def test_a_spoilt_row_of_a_pool_leaves_the_others_alone(exported: Callable[..., Path], policy: str, bad: int) -> None:
+def test_a_spoilt_row_of_a_pool_leaves_the_others_alone(
+    exported: Callable[..., Path], policy: str, bad: int, ring_backend: RingBackend
+) -> None:
     """In append_step, and in the block_step of rows that are at a boundary."""
     with fx.load(exported(), "ort-cpu") as session:
-        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(10)
+        ring, rng = Session(session.bundle, ring_backend(session)), np.random.default_rng(10)
         with session.pool() as host, ring.pool(on_nonfinite=policy) as device:
             pairs = [(host.open(), device.open()) for _ in range(ROWS)]
             for step in range(40):
@@ -190,11 +200,13 @@ def test_a_spoilt_row_of_a_pool_leaves_the_others_alone(exported: Callable[..., 
                     assert all(close(array, wanted[name]) for name, array in b.state().items()), step
 
 
-def test_a_row_within_its_block_is_no_part_of_anothers_end(exported: Callable[..., Path]) -> None:
+def test_a_row_within_its_block_is_no_part_of_anothers_end(
+    exported: Callable[..., Path], ring_backend: RingBackend
+) -> None:
     """commit_block computes every row as if it were full. What it computes of the others is thrown away, so it must
     not be looked at: streams are isolated (R11), and a stream that is told of a failure is as it was before."""
     with fx.load(exported(), "ort-cpu") as session:
-        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(11)
+        ring, rng = Session(session.bundle, ring_backend(session)), np.random.default_rng(11)
         size = session.contract.block_size
         with ring.pool() as pool:
             full, other = pool.open(), pool.open()
@@ -220,9 +232,9 @@ def test_a_row_within_its_block_is_no_part_of_anothers_end(exported: Callable[..
             assert other.take()[0].shape[1] == 1  # no NonFiniteError
 
 
-def test_a_count_beyond_what_is_saturated(exported: Callable[..., Path]) -> None:
+def test_a_count_beyond_what_is_saturated(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     with fx.load(exported(), "ort-cpu") as session:
-        host, device = session._open(None), CpuRingBackend(session).open()
+        host, device = session._open(None), ring_backend(session).open()
         rng, size, vocab = np.random.default_rng(12), session.contract.block_size, session.contract.vocab_size
         state = {
             s.name: rng.standard_normal(s.sized(ROWS)).astype(np.float32) if s.dtype == "float32" else None
@@ -244,9 +256,9 @@ def test_a_count_beyond_what_is_saturated(exported: Callable[..., Path]) -> None
 # Errors in the middle, memory
 
 
-def test_an_engine_that_fails_in_the_middle_of_a_feed(exported: Callable[..., Path]) -> None:
+def test_an_engine_that_fails_in_the_middle_of_a_feed(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     with fx.load(exported(), "ort-cpu") as session:
-        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(13)
+        ring, rng = Session(session.bundle, ring_backend(session)), np.random.default_rng(13)
         with session.stream() as host, ring.stream() as device:
             engine = ring.backend.engine
             fed = rng.integers(0, session.contract.vocab_size, (ROWS, 17))  # seven more are chunks of 3, 3 and 1
@@ -273,9 +285,11 @@ def test_an_engine_that_fails_in_the_middle_of_a_feed(exported: Callable[..., Pa
             assert close(np.concatenate(list(device.feed([more])), 1), np.concatenate(list(host.feed([more])), 1))
 
 
-def test_warming_up_again_keeps_no_second_set_of_graphs(exported: Callable[..., Path]) -> None:
+def test_warming_up_again_keeps_no_second_set_of_graphs(
+    exported: Callable[..., Path], ring_backend: RingBackend
+) -> None:
     with fx.load(exported(), "ort-cpu") as session:
-        backend = CpuRingBackend(session)
+        backend = ring_backend(session)
         loop = backend.open()
         loop.warm_up()
         graphs = len(backend.cuda.graphs)
@@ -285,10 +299,10 @@ def test_warming_up_again_keeps_no_second_set_of_graphs(exported: Callable[..., 
         assert not backend.cuda.graphs
 
 
-def test_the_ring_gives_no_throughput_back_to_back(exported: Callable[..., Path]) -> None:
+def test_the_ring_gives_no_throughput_back_to_back(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     """Counts that the host keeps would run ahead of their copies to the device."""
     with fx.load(exported(), "ort-cpu") as session:
-        device = CpuRingBackend(session).open()
+        device = ring_backend(session).open()
         assert device.back_to_back(np.zeros((ROWS, session.contract.block_size), np.int64), 5) is None
         assert not device.tensor(COUNT).any()
 
@@ -308,64 +322,9 @@ def test_weights_that_do_not_arrive_are_freed(exported: Callable[..., Path]) -> 
 # An ONNX Runtime whose CUDA provider captures as the real one does
 
 
-class FakeSession:
-    """CPU session under CUDA's name. With ``enable_cuda_graph`` it keeps, for each thread, what a number was first
-    bound to, and replays that ever after; no number means 0, and -1 none (cuda_execution_provider.cc, cuda_graph.h)."""
-
-    made: list[FakeSession]
-
-    def __init__(self, file: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> None:
-        self.capture = providers[0][1].get("enable_cuda_graph") == "1"
-        if self.capture and any(f"{name}." in Path(file).name for name in self.refuses):
-            raise RuntimeError("This session cannot use the graph capture feature")
-        own = onnxruntime.SessionOptions()
-        own.log_severity_level = 3
-        self.inner = onnxruntime.InferenceSession(file, own, providers=["CPUExecutionProvider"])
-        self.get_inputs, self.get_outputs = self.inner.get_inputs, self.inner.get_outputs
-        self.contexts: dict[int, dict[str, dict[str, int]]] = {}
-        self.made.append(self)
-
-    refuses: tuple[str, ...] = ()
-
-    def get_providers(self) -> list[str]:
-        return ["CUDAExecutionProvider"]
-
-    def io_binding(self) -> Any:
-        binding = type("Binding", (), {})()
-        binding.addresses = {}
-
-        def bind(name: str, device: str, index: int, dtype: Any, shape: Any, address: int) -> None:
-            binding.addresses[name] = address
-
-        binding.bind_input = binding.bind_output = bind
-        return binding
-
-    def run_with_iobinding(self, binding: Any, options: Any) -> None:
-        addresses = binding.addresses
-        if self.capture:
-            number = "0"
-            if options is not None:
-                try:
-                    number = options.get_run_config_entry("gpu_graph_id")
-                except RuntimeError:
-                    number = "0"
-            if number != "-1":
-                addresses = self.contexts.setdefault(threading.get_ident(), {}).setdefault(number, addresses)
-        taken = {v.name: view(addresses[v.name], STORAGE[_TYPES[v.type]], v.shape) for v in self.get_inputs()}
-        for value, array in zip(self.get_outputs(), self.inner.run(None, taken), strict=True):
-            view(addresses[value.name], array.dtype, array.shape)[...] = array
-
-
 @pytest.fixture
 def ort(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
-    """OrtCudaRing itself, over the fake; what it gives is the class of its sessions."""
-    made = type("Sessions", (FakeSession,), {"made": []})
-    module = type("Ort", (), {})()
-    module.__version__, module.SessionOptions = "fake", onnxruntime.SessionOptions
-    module.InferenceSession, module.get_available_providers = made, lambda: ["CUDAExecutionProvider"]
-    monkeypatch.setattr("famexport.runtime.ort_cuda.import_onnxruntime", lambda: module)
-    monkeypatch.setattr("famexport.runtime.ort_cuda.Cuda", FakeCuda)
-    return made
+    return install(monkeypatch)
 
 
 def alike(session: Session, ring: Session, lengths: tuple[int, ...], rng: np.random.Generator) -> bool:
@@ -411,7 +370,7 @@ def test_the_real_backend_over_a_capturing_runtime(exported: Callable[..., Path]
 @pytest.mark.parametrize("refused", ["append_step", "commit_block", "block_step"])
 def test_a_graph_that_cannot_be_captured_spoils_no_other(exported: Callable[..., Path], ort: Any, refused: str) -> None:
     """The other sessions were made to capture: without a number each turn of the ring would replay the first."""
-    ort.refuses = (refused,)
+    ort.refuses = (f"{refused}.",)
     with fx.load(exported(), "ort-cpu") as session:
         ring = Session(session.bundle, open_backend(session.bundle, "ort-cuda"))
         assert alike(session, ring, LENGTHS, np.random.default_rng(16))
@@ -468,7 +427,9 @@ def test_a_variant_is_the_graph_that_it_says_it_is(exported: Callable[..., Path]
 
 
 @pytest.mark.parametrize("lacking", ["present_fam_00", "present_key_00", "logits"])
-def test_a_graph_that_does_not_give_all_is_refused(exported: Callable[..., Path], lacking: str) -> None:
+def test_a_graph_that_does_not_give_all_is_refused(
+    exported: Callable[..., Path], lacking: str, ring_backend: RingBackend
+) -> None:
     """What it does not write would be read all the same: an older block, or what lay there before."""
 
     class Lacking:
@@ -479,7 +440,7 @@ def test_a_graph_that_does_not_give_all_is_refused(exported: Callable[..., Path]
             return [value for value in self.inner.get_outputs() if value.name != lacking]
 
     with fx.load(exported(), "ort-cpu") as session:
-        backend = CpuRingBackend(session)
+        backend = ring_backend(session)
         backend.sessions["block_step"] = Lacking(backend.sessions["block_step"])
         with pytest.raises(BundleError, match=lacking):
             CpuRing(backend, ROWS)

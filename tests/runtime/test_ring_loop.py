@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpu_ring import CpuRing, CpuRingBackend
+from cpu_ring import CpuRing, CpuRingBackend, RingBackend
 
 import famexport as fx
 from famexport.checkpoint import init_checkpoint
@@ -54,6 +54,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return get
 
 
+@pytest.fixture
+def ring_backend() -> RingBackend:
+    """What ``test_fused_ring.py`` has other graphs for."""
+    return CpuRingBackend
+
+
 def blocks(session: Session, rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, session.contract.vocab_size, session.contract.inputs[0].sized(1))
 
@@ -78,9 +84,11 @@ def test_norms_have_a_kernel_in_bfloat16(case: str, steady: bool) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("options", [{}, {"batch": 3, "logits": "last"}], ids=["one row", "three rows"])
-def test_equals_the_portable_graph(exported: Callable[..., Path], case: str, options: dict[str, Any]) -> None:
+def test_equals_the_portable_graph(
+    exported: Callable[..., Path], case: str, options: dict[str, Any], ring_backend: RingBackend
+) -> None:
     with fx.load(exported(case, **options), "ort-cpu") as session:
-        ring = Session(session.bundle, CpuRingBackend(session))
+        ring = Session(session.bundle, ring_backend(session))
         rng = np.random.default_rng(0)
         with session.stream() as expected, ring.stream() as got:
             for block in range(BLOCKS):
@@ -98,9 +106,9 @@ def test_equals_the_portable_graph(exported: Callable[..., Path], case: str, opt
                 assert steps == ["block_step" + START] * full + ["block_step"] * (BLOCKS - full)
 
 
-def test_snapshots_travel_between_layouts(exported: Callable[..., Path]) -> None:
+def test_snapshots_travel_between_layouts(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     with fx.load(exported("all heads", batch=3), "ort-cpu") as session:
-        ring = Session(session.bundle, CpuRingBackend(session))
+        ring = Session(session.bundle, ring_backend(session))
         rng = np.random.default_rng(1)
         with session.stream() as host, ring.stream() as device, ring.stream() as other:
             for _ in range(5):
@@ -117,10 +125,12 @@ def test_snapshots_travel_between_layouts(exported: Callable[..., Path]) -> None
 
 
 @pytest.mark.parametrize("bad", [0, 2])
-def test_a_row_that_is_not_finite_stays_where_it_was(exported: Callable[..., Path], bad: int) -> None:
+def test_a_row_that_is_not_finite_stays_where_it_was(
+    exported: Callable[..., Path], bad: int, ring_backend: RingBackend
+) -> None:
     """The ring turns for the others: the row that stays is moved along, slot by slot."""
     with fx.load(exported("all heads", batch=3), "ort-cpu") as session:
-        ring = Session(session.bundle, CpuRingBackend(session))
+        ring = Session(session.bundle, ring_backend(session))
         rng = np.random.default_rng(2)
         with session.stream(on_nonfinite="skip") as host, ring.stream(on_nonfinite="skip") as device:
             for block in range(8):
@@ -144,9 +154,9 @@ def test_a_row_that_is_not_finite_stays_where_it_was(exported: Callable[..., Pat
                 assert all(close(after[name], theirs[name]) for name in theirs), block
 
 
-def test_a_failed_check_keeps_the_state(exported: Callable[..., Path]) -> None:
+def test_a_failed_check_keeps_the_state(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     with fx.load(exported("plain"), "ort-cpu") as session:
-        ring = Session(session.bundle, CpuRingBackend(session))
+        ring = Session(session.bundle, ring_backend(session))
         with ring.stream() as stream:
             fed = blocks(session, np.random.default_rng(3))
             stream.step(fed)
@@ -166,7 +176,7 @@ def test_a_failed_check_keeps_the_state(exported: Callable[..., Path]) -> None:
     ],
 )
 def test_a_graph_that_would_write_beyond_its_own_is_refused(
-    exported: Callable[..., Path], name: str, shape: list[Any], says: str
+    exported: Callable[..., Path], name: str, shape: list[Any], says: str, ring_backend: RingBackend
 ) -> None:
     """A bundle's hashes say that it is whole, not that it is kind."""
 
@@ -186,15 +196,15 @@ def test_a_graph_that_would_write_beyond_its_own_is_refused(
             return [*kept, Value(name, shape)]
 
     with fx.load(exported("plain"), "ort-cpu") as session:
-        backend = CpuRingBackend(session)
+        backend = ring_backend(session)
         backend.sessions["block_step"] = Hostile(backend.sessions["block_step"])
         with pytest.raises(BundleError, match=says):
             backend.open()
 
 
-def test_weights_lie_on_the_device_once(exported: Callable[..., Path]) -> None:
+def test_weights_lie_on_the_device_once(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     with fx.load(exported("biases"), "ort-cpu") as session:
-        backend = CpuRingBackend(session)
+        backend = ring_backend(session)
         name = "model.layers.0.self_attn.qkv_proj.weight"
         assert parts(name) == [name.replace("qkv", kind) for kind in "qkv"]
         size = session.bundle.manifest.files["weights.safetensors"].bytes
@@ -215,11 +225,11 @@ OPEN_CASES = [case for case in CASES if case != "neither"]
 @pytest.mark.parametrize("case", OPEN_CASES)
 @pytest.mark.parametrize("options", [ALL, {**ALL, "batch": 2, "logits": "last"}], ids=["one row", "two rows"])
 def test_open_blocks_equal_the_portable_graphs(
-    exported: Callable[..., Path], case: str, options: dict[str, Any]
+    exported: Callable[..., Path], case: str, options: dict[str, Any], ring_backend: RingBackend
 ) -> None:
     """Pieces of any length, whole blocks and generated tokens between."""
     with fx.load(exported(case, **options), "ort-cpu") as session:
-        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(4)
+        ring, rng = Session(session.bundle, ring_backend(session)), np.random.default_rng(4)
         with session.stream() as host, ring.stream() as device:
             for length in (3, 8, 5, 1, 7, 16, 2, 2, 4, 11, 1, 1):
                 fed = rng.integers(0, session.contract.vocab_size, (host.batch, length))
@@ -232,10 +242,10 @@ def test_open_blocks_equal_the_portable_graphs(
             assert {"append_step", "append_step" + START, "commit_block"} <= used
 
 
-def test_rows_of_a_pool_take_turns(exported: Callable[..., Path]) -> None:
+def test_rows_of_a_pool_take_turns(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     """Rows fill their blocks at different calls: commit_block moves some, and the ring turns under the others."""
     with fx.load(exported("all heads", **ALL, batch=3), "ort-cpu") as session:
-        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(5)
+        ring, rng = Session(session.bundle, ring_backend(session)), np.random.default_rng(5)
         with session.pool() as host, ring.pool() as device:
             pairs = [(host.open(), device.open()) for _ in range(3)]
             for _ in range(40):
@@ -251,10 +261,10 @@ def test_rows_of_a_pool_take_turns(exported: Callable[..., Path]) -> None:
                 assert all(close(array, state[name]) for name, array in b.state().items())
 
 
-def test_an_open_block_is_taken_back_and_restored(exported: Callable[..., Path]) -> None:
+def test_an_open_block_is_taken_back_and_restored(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     """A snapshot has no FAM keys of the open block's slot: they are computed again."""
     with fx.load(exported("plain", **ALL), "ort-cpu") as session:
-        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(6)
+        ring, rng = Session(session.bundle, ring_backend(session)), np.random.default_rng(6)
         with session.stream() as host, ring.stream() as device, ring.stream() as other:
             fed = rng.integers(0, session.contract.vocab_size, (1, 29))
             for stream in (host, device):
@@ -267,9 +277,9 @@ def test_an_open_block_is_taken_back_and_restored(exported: Callable[..., Path])
             assert list(other.generate(fed[0], max_new_tokens=9)) == list(host.generate(fed[0], max_new_tokens=9))
 
 
-def test_a_chunk_that_is_not_finite_leaves_no_trace(exported: Callable[..., Path]) -> None:
+def test_a_chunk_that_is_not_finite_leaves_no_trace(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     with fx.load(exported("plain", **ALL), "ort-cpu") as session:
-        ring, rng = Session(session.bundle, CpuRingBackend(session)), np.random.default_rng(7)
+        ring, rng = Session(session.bundle, ring_backend(session)), np.random.default_rng(7)
         with session.stream() as host, ring.stream() as device:
             fed = rng.integers(0, session.contract.vocab_size, (1, 27))
             for stream in (host, device):
@@ -281,10 +291,10 @@ def test_a_chunk_that_is_not_finite_leaves_no_trace(exported: Callable[..., Path
             assert close(next(device.feed([fed[:, :2]])), next(host.feed([fed[:, :2]])))
 
 
-def test_two_streams_and_a_closed_backend(exported: Callable[..., Path]) -> None:
+def test_two_streams_and_a_closed_backend(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     """Each goes on from its own state, and neither loses the weights to the other or to a closed session."""
     with fx.load(exported("plain"), "ort-cpu") as session:
-        backend = CpuRingBackend(session)
+        backend = ring_backend(session)
         ring, rng = Session(session.bundle, backend), np.random.default_rng(8)
         hosts, devices = ([s.stream() for _ in range(2)] for s in (session, ring))
         for block in range(6):
@@ -301,13 +311,13 @@ def test_two_streams_and_a_closed_backend(exported: Callable[..., Path]) -> None
         assert not backend.cuda.live
 
 
-def test_a_captured_graph_belongs_to_its_addresses(exported: Callable[..., Path]) -> None:
+def test_a_captured_graph_belongs_to_its_addresses(exported: Callable[..., Path], ring_backend: RingBackend) -> None:
     """ONNX Runtime replays by number: a second stream must not get the first one's graphs, a later one in its place
     must, since none can be forgotten."""
     from famexport.runtime.ort_ring import KeptRegions
 
     with fx.load(exported("plain"), "ort-cpu") as session:
-        backend, numbers = CpuRingBackend(session), dict[Any, int]()
+        backend, numbers = ring_backend(session), dict[Any, int]()
         kept = KeptRegions(backend.cuda)
         used: list[dict[int, int]] = []
 
@@ -329,7 +339,7 @@ def test_a_captured_graph_belongs_to_its_addresses(exported: Callable[..., Path]
             return made
 
         first, second = loop(), loop()
-        turns = backend.layout.positions
+        turns = 2 * backend.layout.positions  # of the steady graph and of the one for a stream's start
         assert len(used[0]) == len(used[1]) == turns
         assert not set(used[0]) & set(used[1])
         first.close()

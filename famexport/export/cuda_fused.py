@@ -1,0 +1,169 @@
+"""The operators of famexport's own kernel library, as nodes of a graph: what each takes, gives and is limited to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from famexport.config import FamConfig
+from famexport.export.net import Net
+
+DOMAIN = "famexport"
+THIN_ROWS = 8  # that the operators for short chunks take, of the whole batch
+_NORMED_BYTES = 44 * 1024  # of them in the weights' dtype, that norm_thin takes
+_NORM_WIDTH = 12032  # that SkipNorm takes
+_SLOTS = 32  # that the operators with slots take
+_TOKEN_HEADS = 32, 64, 128, 256  # head widths of TokenAttention
+_ACT = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+
+Values = Sequence[ir.Value]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Emits them. Each value says its dtype, which ONNX Runtime cannot always infer for operators that are not its own.
+
+    Args:
+        type: of the weights, and of all values that are not said to be float32.
+    """
+
+    net: Net
+    config: FamConfig
+    type: ir.DataType
+
+    @property
+    def norms(self) -> bool:
+        """Whether ``skip_norm`` takes this model's rows."""
+        return self.config.hidden_size <= _NORM_WIDTH
+
+    @property
+    def gates(self) -> bool:
+        """Whether ``gated_act`` and its like take this model's feed-forward."""
+        return self.config.intermediate_size % 8 == 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether ``block_memory`` takes this model's product of queries, keys and values."""
+        c = self.config
+        return not c.qk_norm and c.head_dim % 16 == 0 and c.memory_segments <= _SLOTS
+
+    @property
+    def packs_tokens(self) -> bool:
+        """Whether ``token_attention`` does."""
+        return self.packs and self.config.head_dim in _TOKEN_HEADS
+
+    def skip_norm(
+        self,
+        base: ir.Value,
+        delta: ir.Value | None,
+        weight: ir.Value,
+        bias: ir.Value | None,
+        fam_base: ir.Value | None,
+        fam_next: ir.Value | None,
+    ) -> tuple[ir.Value, ir.Value]:
+        """base [b, n, D], float32, + delta -> the sum, float32, and its norm.
+
+        Args:
+            fam_base: float32 [b, F+T, D], whose first F rows stand for those of ``base``.
+            fam_next: likewise, whose first F rows are normed in place of the sum's.
+        """
+        c, inputs = self.config, [base, weight, delta, fam_base, fam_next, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        fam = 0 if fam_base is fam_next is None else c.fam_length
+        total, normed = self._ops(
+            "SkipNorm", *inputs, outputs=2, fam=fam, epsilon=c.norm_eps, centered=int(c.norm == "layernorm")
+        )
+        total.dtype = ir.DataType.FLOAT
+        return total, normed
+
+    def gated_act(self, gate_up: ir.Value) -> ir.Value:
+        """gate_up [b, n, 2I] -> act(gate) * up [b, n, I]."""
+        return self._ops("GatedAct", gate_up, act=_ACT[self.config.activation])[0]
+
+    def block_memory(
+        self, qkv: ir.Value, query: Values, columns: Values, slots: Values, *, split: bool
+    ) -> tuple[ir.Value, ...]:
+        """qkv [b, F+T, (H+2*Hkv)*Dh] and the slots -> key and value of the block as they are; query, keys and values,
+        rotated, heads repeated. With ``split`` the query of the tokens, that of FAM, keys and values without the slots'
+        FAM rows, and those that FAM sees.
+
+        Args:
+            query, columns: cos and sin, float32, of the rows and of the columns [slots; own].
+            slots: of keys, oldest first, and of values.
+        """
+        heads = self._heads()
+        kind, outputs = ("BlockMemorySplit", 8) if split else ("BlockMemory", 5)
+        return tuple(self._ops(kind, qkv, *query, *columns, *slots, outputs=outputs, **heads))
+
+    def token_attention(
+        self,
+        qkv: ir.Value,
+        opened: ir.Value,
+        length: ir.Value,
+        token: Values,
+        columns: Values,
+        open_slots: Values,
+        slots: Values,
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """qkv [b, c, (H+2*Hkv)*Dh] of a chunk -> heads [b, c, H*Dh], and the open block's slots with the chunk's rows.
+
+        Args:
+            opened, length: int64 [b], tokens of the open block before the chunk, and of the chunk.
+            token, columns: cos and sin, float32, of the block's tokens and of the columns [slots; own].
+            open_slots: key and value of the open block.
+            slots: as for ``block_memory``.
+        """
+        inputs = [qkv, opened, length, *token, *columns, *open_slots, *slots]
+        heads, key, value, scratch = self._ops("TokenAttention", *inputs, outputs=4, **self._heads())
+        scratch.dtype = ir.DataType.FLOAT
+        return heads, key, value
+
+    def takes_thin(self, weight: ir.Value) -> bool:
+        """Whether ``thin_matmul`` and ``thin_gated`` take a weight [N, K]."""
+        return weight.shape is not None and weight.shape.numpy()[1] % 8 == 0
+
+    def thin_matmul(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """x [b, c, K] times weight [N, K]."""
+        return self._ops("ThinMatMul", x, weight, *([] if bias is None else [bias]))[0]
+
+    def thin_gated(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """``gated_act`` of x [b, c, K] times weight [2I, K]."""
+        return self._ops("ThinGated", x, weight, act=_ACT[self.config.activation])[0]
+
+    def norms_thin(self, rows: int) -> bool:
+        """Whether ``norm_thin`` takes this model's norms, of so many rows in all."""
+        width = self.config.hidden_size
+        return self.config.norm == "rmsnorm" and width % 8 == 0 and rows * width * self.type.itemsize <= _NORMED_BYTES
+
+    def norm_thin(
+        self,
+        base: ir.Value,
+        delta: ir.Value | None,
+        norm: ir.Value,
+        weight: ir.Value,
+        bias: ir.Value | None,
+        *,
+        gate: bool,
+    ) -> tuple[ir.Value, ir.Value]:
+        """``skip_norm`` without FAM, and ``thin_matmul`` of its norm, or with ``gate`` ``thin_gated``."""
+        inputs, attributes = [base, norm, weight, delta, bias], {"act": _ACT[self.config.activation]} if gate else {}
+        while inputs[-1] is None:
+            inputs.pop()
+        kind = "NormThinGated" if gate else "NormThinMatMul"
+        total, y = self._ops(kind, *inputs, outputs=2, epsilon=self.config.norm_eps, **attributes)
+        total.dtype = ir.DataType.FLOAT
+        return total, y
+
+    def _heads(self) -> dict[str, int]:
+        c = self.config
+        return {"heads": c.num_attention_heads, "kv_heads": c.num_key_value_heads, "fam": c.fam_length}
+
+    def _ops(self, kind: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Any) -> Sequence[ir.Value]:
+        values = self.net.ops(kind, *inputs, domain=DOMAIN, outputs=outputs, **attributes)
+        for value in values:
+            value.dtype = self.type
+        return values

@@ -1,0 +1,1 @@
+"""CUDA kernels of famexport's own, as a library of operators for ONNX Runtime: built on the machine that runs them."""

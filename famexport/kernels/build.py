@@ -1,0 +1,89 @@
+"""Compiling the kernels: with nvcc for the machine's GPU, or with a C++ compiler alone for the CPU, as tests do.
+
+A build is two files in one folder: the library, and ``kernels.json`` with the hashes of the library and of its source.
+``library.find`` opens nothing that is not what these say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from famexport.errors import FamExportError, IncompatibleError
+
+SOURCE = Path(__file__).with_name("csrc")
+LIBRARY, RECORD = "libfamexport_kernels.so", "kernels.json"
+COMMAND = "famexport kernels"
+_FLAGS = ("-std=c++17", "-shared", "-O3")
+
+
+def source_hash() -> str:
+    """SHA-256 over the names and contents of all source files."""
+    digest = hashlib.sha256()
+    for file in sorted(SOURCE.iterdir()):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def build(out: Path, *, cuda: bool = True, arch: str = "native") -> Path:
+    """Compile into the folder ``out``, in place of what is there, and return the library's path.
+
+    Args:
+        cuda: with nvcc, else for the CPU alone (float32) with ``$CXX`` or g++.
+        arch: nvcc's -arch: "native" is the GPU of this machine, "all-major" any, "sm_87" Jetson Orin.
+    Raises:
+        IncompatibleError: the compiler is missing.
+        FamExportError: it failed, or ``out`` cannot be written.
+    """
+    compiler = "nvcc" if cuda else os.environ.get("CXX") or "g++"
+    if not (found := shutil.which(compiler)):
+        hint = "install the CUDA toolkit, or add its bin folder to PATH" if cuda else "sudo apt-get install g++"
+        raise IncompatibleError(f"building the kernels needs {compiler}, which is not on the PATH; {hint}")
+    source = source_hash()
+    command = [found, *_FLAGS, f'-DFAMEXPORT_SOURCE="{source}"']
+    if cuda:
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-arch={arch}", "-x", "cu"]
+    else:
+        command += ["-fPIC", "-fvisibility=hidden", "-x", "c++"]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out) as temp:
+            made = Path(temp, LIBRARY)
+            _compile([*command, str(SOURCE / "library.cc"), "-o", str(made)])
+            record = {
+                "source": source,
+                "library": file_hash(made),
+                "compiler": _version(found),
+                "cuda": cuda,
+                "arch": arch,
+            }
+            Path(temp, RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            for name in (LIBRARY, RECORD):  # between the two the record does not fit, and nothing is loaded
+                Path(temp, name).replace(out / name)
+    except OSError as exc:
+        raise FamExportError(f"cannot write the kernels to {out}: {exc}; name another folder with --out") from exc
+    return out / LIBRARY
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - our own arguments
+    if done.returncode:
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:6])
+        raise FamExportError(
+            f"{Path(command[0]).name} cannot compile the kernels (exit code {done.returncode}):\n{said}"
+        )
+
+
+def _version(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True)  # noqa: S603
+    said = done.stdout.strip().splitlines()
+    return next((line for line in said if "release" in line), said[0] if said else compiler)
+
+
+def file_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,270 @@
+// TokenAttention: what few tokens see of memory and of the open block, read where it lies; and the open slot with them.
+#pragma once
+#include <algorithm>
+
+#include "memory.h"
+
+template <class T>
+struct Tokens {
+  const T* qkv;  // [b, chunk, (H+2Hkv)*Dh]
+  const int64_t *opened, *length;
+  const float *token_cos, *token_sin, *key_cos, *key_sin;
+  const T *open_key, *open_value;
+  Slots<T> slots;
+  T *heads_out, *key, *value;
+  float* partial;  // [b*chunk, H, splits, Dh + 2]: weighted values, the largest score, the sum of weights
+  Heads heads;
+  int batch, chunk, rows, fam, splits, each;
+
+  ANYWHERE int block() const { return rows - fam; }
+  ANYWHERE int place(int b, int i) const {  // only padding reaches the limit
+    const int64_t p = opened[b] + i;
+    return p < 0 ? 0 : p < block() ? int(p) : block() - 1;
+  }
+  // What a token sees: the tokens of all slots, FAM, and the block's tokens to its own.
+  ANYWHERE int seen(int place) const { return slots.count * block() + fam + place + 1; }
+
+  // Of one of these columns: the row of the tables, and where its key and value are for a kv head.
+  ANYWHERE int find(int b, int column, int kv_head, const T*& k, const T*& v) const {
+    const int inside = kv_head * 2 * heads.half;
+    if (column < slots.count * block()) {
+      const int slot = column / block(), row = fam + column % block();
+      const int64_t at = line(b, row) + inside;
+      k = slots.key[slot] + at, v = slots.value[slot] + at;
+      return slot * rows + row;
+    }
+    const int row = column - slots.count * block(), i = new_row(b, row);
+    if (i >= 0) {
+      k = fresh(b, i) + inside, v = k + heads.kv_width();
+    } else {
+      const int64_t at = line(b, row) + inside;
+      k = open_key + at, v = open_value + at;
+    }
+    return slots.count * rows + row;
+  }
+
+  ANYWHERE int64_t line(int b, int row) const { return (int64_t(b) * rows + row) * heads.kv_width(); }  // of a slot
+  ANYWHERE const T* fresh(int b, int i) const {  // the keys of a row of the chunk, before its values
+    return qkv + (int64_t(b) * chunk + i) * heads.packed_width() + heads.width();
+  }
+
+  // Which row of the chunk stands at a row of the open slot, or -1.
+  ANYWHERE int new_row(int b, int row) const {
+    const int64_t i = row - fam - opened[b];
+    return row >= fam && i >= 0 && i < length[b] && i < chunk ? int(i) : -1;
+  }
+
+  // One pack of the open slot.
+  ANYWHERE void copy(int unit) const {
+    const int packs = heads.kv_width() / Pack<T>::SIZE, at = unit % packs * Pack<T>::SIZE;
+    const int b = unit / packs / rows, row = unit / packs % rows, i = new_row(b, row);
+    const T *k = open_key + line(b, row), *v = open_value + line(b, row);
+    if (i >= 0) k = fresh(b, i), v = k + heads.kv_width();
+    stored(key + line(b, row) + at, loaded(k + at));
+    stored(value + line(b, row) + at, loaded(v + at));
+  }
+  ANYWHERE int copies() const { return batch * rows * (heads.kv_width() / Pack<T>::SIZE); }
+};
+
+template <class T>
+void attend(const Cpu& cpu, const Tokens<T>& t) {
+  cpu.each(t.copies(), [&](int64_t unit) { t.copy(int(unit)); });
+  const int half = t.heads.half, width = 2 * half;
+  std::vector<float> q(width), sum(width);
+  for (int64_t line = 0; line < t.batch * t.chunk * t.heads.query; ++line) {
+    const int head = int(line % t.heads.query), token = int(line / t.heads.query), b = token / t.chunk;
+    const int place = t.place(b, token % t.chunk), seen = t.seen(place);
+    const T* from = t.qkv + int64_t(token) * t.heads.packed_width() + head * width;
+    const float *cos = t.token_cos + place * half, *sin = t.token_sin + place * half;
+    for (int d = 0; d < half; ++d) {
+      const float x = widened(from[d]), y = widened(from[d + half]), scale = 1 / std::sqrt(float(width));
+      q[d] = (x * cos[d] - y * sin[d]) * scale, q[d + half] = (y * cos[d] + x * sin[d]) * scale;
+    }
+    float largest = -INFINITY, total = 0;
+    std::fill(sum.begin(), sum.end(), 0.f);
+    for (int column = 0; column < seen; ++column) {
+      const T *k, *v;
+      const int row = t.find(b, column, head / t.heads.group(), k, v);
+      const float *key_cos = t.key_cos + row * half, *key_sin = t.key_sin + row * half;
+      float score = 0;
+      for (int d = 0; d < half; ++d) {
+        const float x = widened(k[d]), y = widened(k[d + half]);
+        score += q[d] * (x * key_cos[d] - y * key_sin[d]) + q[d + half] * (y * key_cos[d] + x * key_sin[d]);
+      }
+      const float now = std::max(largest, score), kept = std::exp(largest - now), weight = std::exp(score - now);
+      largest = now, total = total * kept + weight;
+      for (int d = 0; d < width; ++d) sum[d] = sum[d] * kept + weight * widened(v[d]);
+    }
+    for (int d = 0; d < width; ++d) t.heads_out[line * width + d] = narrowed<T>(sum[d] / total);
+  }
+}
+
+#ifdef __CUDACC__
+constexpr int ATTENTION_WARPS = 4, AT_ONCE = 4;
+
+// Block (x, head, token): x < splits attends to its part of the columns, the others copy the open slot. A lane holds P
+// values of each half of a head: its first is lane * P.
+template <class T, int P>
+__global__ void attend_part(Tokens<T> t) {
+  let_next_start();
+  wait_for_previous();
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = blockIdx.y;
+  const int token = blockIdx.z, half = t.heads.half, b = token / t.chunk, group = head / t.heads.group();
+  if (blockIdx.x >= t.splits) {
+    const int each = gridDim.x - t.splits, blocks = each * gridDim.y * gridDim.z;
+    const int block = (blockIdx.z * gridDim.y + blockIdx.y) * each + blockIdx.x - t.splits;
+    for (int unit = block * blockDim.x + threadIdx.x; unit < t.copies(); unit += blocks * blockDim.x) t.copy(unit);
+    return;
+  }
+  const int at = lane * P;
+  const bool holds = at < half;
+  const int place = t.place(b, token % t.chunk);
+  float q1[P], q2[P], sum1[P] = {}, sum2[P] = {};
+  const T* from = t.qkv + int64_t(token) * t.heads.packed_width() + head * 2 * half + at;
+  UNROLL
+  for (int k = 0; k < P; ++k) {
+    const float x = holds ? widened(from[k]) : 0.f, y = holds ? widened(from[half + k]) : 0.f;
+    const float cos = holds ? t.token_cos[place * half + at + k] : 0.f;
+    const float sin = holds ? t.token_sin[place * half + at + k] : 0.f, scale = rsqrtf(2.f * half);
+    q1[k] = (x * cos - y * sin) * scale, q2[k] = (y * cos + x * sin) * scale;
+  }
+  float largest = -INFINITY, total = 0;
+  const int first = blockIdx.x * t.each, end = min(first + t.each, t.seen(place));
+  for (int column = first + warp * AT_ONCE; column < end; column += ATTENTION_WARPS * AT_ONCE) {
+    float score[AT_ONCE], v1[AT_ONCE][P], v2[AT_ONCE][P];
+    UNROLL
+    for (int j = 0; j < AT_ONCE; ++j) {
+      score[j] = 0;
+      const T *key, *value;
+      const int row = t.find(b, min(column + j, end - 1), group, key, value);
+      UNROLL
+      for (int k = 0; k < P; ++k) {
+        const float x = holds ? widened(key[at + k]) : 0.f, y = holds ? widened(key[half + at + k]) : 0.f;
+        const float cos = holds ? t.key_cos[row * half + at + k] : 0.f;
+        const float sin = holds ? t.key_sin[row * half + at + k] : 0.f;
+        v1[j][k] = holds ? widened(value[at + k]) : 0.f, v2[j][k] = holds ? widened(value[half + at + k]) : 0.f;
+        score[j] += q1[k] * (x * cos - y * sin) + q2[k] * (y * cos + x * sin);
+      }
+    }
+    float now = largest;
+    UNROLL
+    for (int j = 0; j < AT_ONCE; ++j) {
+      score[j] = column + j < end ? warp_sum(score[j]) : -INFINITY;  // the same for the whole warp
+      now = fmaxf(now, score[j]);
+    }
+    const float kept = __expf(largest - now);
+    largest = now, total *= kept;
+    UNROLL
+    for (int k = 0; k < P; ++k) sum1[k] *= kept, sum2[k] *= kept;
+    UNROLL
+    for (int j = 0; j < AT_ONCE; ++j) {
+      const float weight = __expf(score[j] - now);
+      total += weight;
+      UNROLL
+      for (int k = 0; k < P; ++k) sum1[k] += weight * v1[j][k], sum2[k] += weight * v2[j][k];
+    }
+  }
+  // The warps' parts become the block's.
+  __shared__ float sums[ATTENTION_WARPS][2 * P * WARP], tops[ATTENTION_WARPS], totals[ATTENTION_WARPS];
+  if (lane == 0) tops[warp] = largest, totals[warp] = total;
+  UNROLL
+  for (int k = 0; k < P; ++k) {
+    if (holds) sums[warp][at + k] = sum1[k], sums[warp][half + at + k] = sum2[k];
+  }
+  __syncthreads();
+  float top = tops[0], whole = 0;
+  for (int w = 1; w < ATTENTION_WARPS; ++w) top = fmaxf(top, tops[w]);
+  float share[ATTENTION_WARPS];
+  for (int w = 0; w < ATTENTION_WARPS; ++w) {
+    share[w] = tops[w] == -INFINITY ? 0.f : __expf(tops[w] - top);
+    whole += totals[w] * share[w];
+  }
+  float* part = t.partial + ((int64_t(token) * t.heads.query + head) * t.splits + blockIdx.x) * (2 * half + 2);
+  for (int d = threadIdx.x; d < 2 * half; d += blockDim.x) {
+    float sum = 0;
+    for (int w = 0; w < ATTENTION_WARPS; ++w) sum += share[w] == 0.f ? 0.f : sums[w][d] * share[w];
+    part[d] = sum;
+  }
+  if (threadIdx.x == 0) part[2 * half] = top, part[2 * half + 1] = whole;
+}
+
+constexpr int JOIN_THREADS = 512;
+
+// Block (head, token). Threads of a group each have one value; the groups share the splits between them.
+template <class T>
+__global__ void join_parts(Tokens<T> t) {
+  extern __shared__ float share[];  // [splits]
+  __shared__ float sums[JOIN_THREADS], reduced[WARP];
+  let_next_start();
+  wait_for_previous();
+  const int line = blockIdx.y * t.heads.query + blockIdx.x, width = 2 * t.heads.half, groups = JOIN_THREADS / width;
+  const float* part = t.partial + int64_t(line) * t.splits * (width + 2);
+  float top = -INFINITY, whole = 0;
+  for (int s = threadIdx.x; s < t.splits; s += JOIN_THREADS) top = fmaxf(top, part[s * (width + 2) + width]);
+  top = block_max(top, reduced);
+  for (int s = threadIdx.x; s < t.splits; s += JOIN_THREADS) {
+    share[s] = __expf(part[s * (width + 2) + width] - top);
+    whole += share[s] * part[s * (width + 2) + width + 1];
+  }
+  whole = block_sum(whole, reduced);  // and share is written
+  const int d = threadIdx.x % width, group = threadIdx.x / width;
+  float sum = 0;
+  if (group < groups) {
+    _Pragma("unroll 8") for (int s = group; s < t.splits; s += groups) sum += share[s] * part[s * (width + 2) + d];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (group > 0) return;
+  for (int g = 1; g < groups; ++g) sum += sums[g * width + d];
+  t.heads_out[int64_t(line) * width + d] = narrowed<T>(sum / whole);
+}
+
+template <class T>
+void attend(const Cuda& cuda, const Tokens<T>& t) {
+  const int threads = ATTENTION_WARPS * WARP;
+  const int copying = std::max(1, t.copies() / (t.heads.query * t.batch * t.chunk * threads * 2));
+  const dim3 grid(unsigned(t.splits + copying), unsigned(t.heads.query), unsigned(t.batch * t.chunk));
+  ort::need(t.heads.half <= 128, "TokenAttention is made for heads of up to 256 values");
+  const auto kernel = t.heads.half <= 32 ? attend_part<T, 1> : t.heads.half <= 64 ? attend_part<T, 2> : attend_part<T, 4>;
+  cuda.launch(kernel, grid, threads, 0, t);
+  const dim3 joined(unsigned(t.heads.query), unsigned(t.batch * t.chunk));
+  cuda.launch(join_parts<T>, joined, JOIN_THREADS, t.splits * sizeof(float), t);
+}
+#endif
+
+struct TokenAttention {
+  static constexpr const char *name = "TokenAttention", *inputs = "TiiffffTTT*", *outputs = "TTTf";
+  explicit TokenAttention(const ort::Attributes& a)
+      : query_heads(a.integer("heads")), kv_heads(a.integer("kv_heads")), fam(a.integer("fam")) {}
+
+  template <class T, class Device>
+  void run(ort::Context& context, const Device& device) const {
+    const auto qkv = context.input<T>(0), open_key = context.input<T>(7);
+    Tokens<T> t{};
+    t.heads = packed_heads<T>(qkv.shape, query_heads, kv_heads);
+    ort::need(open_key.shape.size() == 3 && open_key.shape[1] > fam && fam >= 0, "TokenAttention: no open slot");
+    t.qkv = qkv.data, t.fam = int(fam);
+    t.batch = int(qkv.shape[0]), t.chunk = int(qkv.shape[1]), t.rows = int(open_key.shape[1]);
+    const ort::Shape slot{t.batch, t.rows, t.heads.kv_width()}, each_row{t.batch};
+    ort::need(slot.count() <= INT32_MAX, "TokenAttention: the batch is too large");
+    t.opened = context.input<int64_t>(1).sized(each_row, "opened").data;
+    t.length = context.input<int64_t>(2).sized(each_row, "length").data;
+    t.open_key = open_key.sized(slot, "open_key").data;
+    t.open_value = context.input<T>(8).sized(slot, "open_value").data;
+    t.slots = slots<T>(context, 9, slot);
+    const ort::Shape token_table{t.block(), t.heads.half}, key_table{(t.slots.count + 1) * t.rows, t.heads.half};
+    t.token_cos = context.input<float>(3).sized(token_table, "token_cos").data;
+    t.token_sin = context.input<float>(4).sized(token_table, "token_sin").data;
+    t.key_cos = context.input<float>(5).sized(key_table, "key_cos").data;
+    t.key_sin = context.input<float>(6).sized(key_table, "key_sin").data;
+    const int columns = t.seen(t.block() - 1);
+    t.each = columns > 1024 ? 64 : 32;
+    t.splits = (columns + t.each - 1) / t.each;
+    t.heads_out = context.output<T>(0, {t.batch, t.chunk, t.heads.width()}).data;
+    t.key = context.output<T>(1, slot).data, t.value = context.output<T>(2, slot).data;
+    t.partial = context.output<float>(3, {t.batch * t.chunk, query_heads, t.splits, 2 * t.heads.half + 2}).data;
+    attend(device, t);
+  }
+
+  int64_t query_heads, kv_heads, fam;
+};

@@ -1,0 +1,46 @@
+"""The library that was built, checked before anything of it is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from famexport.errors import IncompatibleError, UntrustedError
+from famexport.kernels.build import COMMAND, LIBRARY, RECORD, file_hash, source_hash
+
+FOLDER = "FAMEXPORT_KERNELS"  # an environment variable
+
+
+def folder() -> Path:
+    """Where the kernels are built to and looked for: ``$FAMEXPORT_KERNELS``, else beside this file."""
+    return Path(os.environ.get(FOLDER) or Path(__file__).with_name("built"))
+
+
+def find() -> Path | None:
+    """The library for CUDA in ``folder()``; None where nothing was built.
+
+    Raises:
+        IncompatibleError: it was built from another version of the source, or for the CPU.
+        UntrustedError: it is not the file that was built, or anyone may write it.
+    """
+    library, record = folder() / LIBRARY, folder() / RECORD
+    if not library.exists() and not record.exists():
+        return None
+    again = f"build them again with: {COMMAND}"
+    try:
+        said = json.loads(record.read_text())
+        source, built, cuda = said["source"], said["library"], said["cuda"]
+        for path in (folder(), library, record):
+            if path.stat().st_mode & 0o002:
+                raise UntrustedError(f"anyone may write {path}; chmod o-w {path}, and {again}")
+        got = file_hash(library)
+    except (OSError, ValueError, TypeError, KeyError) as exc:
+        raise UntrustedError(f"{record} does not say what {library.name} is: {exc!r:.200}; {again}") from exc
+    if got != built:
+        raise UntrustedError(f"{library} is not what was built: SHA-256 {got}, expected {built!s:.64}; {again}")
+    if source != source_hash():
+        raise IncompatibleError(f"the kernels in {folder()} were built from another version of famexport; {again}")
+    if not cuda:
+        raise IncompatibleError(f"the kernels in {folder()} were built for the CPU; {again}")
+    return library
