@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from famexport.errors import FamExportError, IncompatibleError
+from famexport.errors import FamExportError, IncompatibleError, UntrustedError
 
 SOURCE = Path(__file__).with_name("csrc")
 LIBRARY, RECORD = "libfamexport_kernels.so", "kernels.json"
@@ -38,7 +38,8 @@ def build(out: Path, *, cuda: bool = True, arch: str = "native") -> Path:
         arch: nvcc's -arch: "native" is the GPU of this machine, "all-major" any, "sm_87" Jetson Orin.
     Raises:
         IncompatibleError: the compiler is missing.
-        FamExportError: it failed, or ``out`` cannot be written.
+        UntrustedError: anyone may write ``out``, so nothing in it would be loaded.
+        FamExportError: the compiler failed, or ``out`` cannot be written.
     """
     compiler = "nvcc" if cuda else os.environ.get("CXX") or "g++"
     if not (found := shutil.which(compiler)):
@@ -51,10 +52,12 @@ def build(out: Path, *, cuda: bool = True, arch: str = "native") -> Path:
     else:
         command += ["-fPIC", "-fvisibility=hidden", "-x", "c++"]
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if out.stat().st_mode & 0o002:
+            raise UntrustedError(f"anyone may write {out}, so no library in it is loaded; name another with --out")
         with tempfile.TemporaryDirectory(dir=out) as temp:
             made = Path(temp, LIBRARY)
-            _compile([*command, str(SOURCE / "library.cc"), "-o", str(made)])
+            _compile([*command, str(SOURCE / "library.cc"), "-o", str(made)], made)
             record = {
                 "source": source,
                 "library": file_hash(made),
@@ -64,25 +67,32 @@ def build(out: Path, *, cuda: bool = True, arch: str = "native") -> Path:
             }
             Path(temp, RECORD).write_text(json.dumps(record, indent=2) + "\n")
             for name in (LIBRARY, RECORD):  # between the two the record does not fit, and nothing is loaded
+                Path(temp, name).chmod(0o644 if name == RECORD else 0o755)  # whatever the umask
                 Path(temp, name).replace(out / name)
     except OSError as exc:
         raise FamExportError(f"cannot write the kernels to {out}: {exc}; name another folder with --out") from exc
     return out / LIBRARY
 
 
-def _compile(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - our own arguments
-    if done.returncode:
-        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:6])
-        raise FamExportError(
-            f"{Path(command[0]).name} cannot compile the kernels (exit code {done.returncode}):\n{said}"
-        )
+def _compile(command: list[str], made: Path) -> None:
+    code, out, err = _run(command)
+    if code or not made.is_file():
+        said = "\n".join((err.strip() or out.strip() or "it said nothing").splitlines()[:6])
+        raise FamExportError(f"{Path(command[0]).name} cannot compile the kernels (exit code {code}):\n{said}")
 
 
 def _version(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True)  # noqa: S603
-    said = done.stdout.strip().splitlines()
+    said = _run([compiler, "--version"])[1].strip().splitlines()
     return next((line for line in said if "release" in line), said[0] if said else compiler)
+
+
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")  # noqa: S603 - our arguments
+    except OSError as exc:
+        raise FamExportError(f"{command[0]} does not start: {exc.strerror}") from exc
+    return done.returncode, done.stdout, done.stderr
 
 
 def file_hash(file: Path) -> str:

@@ -25,22 +25,22 @@ def find() -> Path | None:
         UntrustedError: it is not the file that was built, or anyone may write it.
     """
     library, record = folder() / LIBRARY, folder() / RECORD
-    if not library.exists() and not record.exists():
-        return None
     again = f"build them again with: {COMMAND}"
     try:
+        if not library.exists() and not record.exists():
+            return None
         said = json.loads(record.read_text())
         source, built, cuda = said["source"], said["library"], said["cuda"]
         for path in (folder(), library, record):
             if path.stat().st_mode & 0o002:
                 raise UntrustedError(f"anyone may write {path}; chmod o-w {path}, and {again}")
         got = file_hash(library)
-    except (OSError, ValueError, TypeError, KeyError) as exc:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
         raise UntrustedError(f"{record} does not say what {library.name} is: {exc!r:.200}; {again}") from exc
     if got != built:
         raise UntrustedError(f"{library} is not what was built: SHA-256 {got}, expected {built!s:.64}; {again}")
     if source != source_hash():
         raise IncompatibleError(f"the kernels in {folder()} were built from another version of famexport; {again}")
-    if not cuda:
+    if cuda is not True:
         raise IncompatibleError(f"the kernels in {folder()} were built for the CPU; {again}")
     return library

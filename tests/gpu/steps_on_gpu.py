@@ -32,9 +32,8 @@ from famexport.rotary import Rope
 
 SHORT, LONG = {"block_size": 64, "fam_length": 16}, {"block_size": 1024, "fam_length": 64}
 SHAPES = {
-    "causal": preset(
-        "tiny", block_size=256, fam_length=20, head_dim=64, num_key_value_heads=2
-    ),  # attention without mask
+    # attention without a mask
+    "causal": preset("tiny", block_size=256, fam_length=20, head_dim=64, num_key_value_heads=2),
     "edge": preset("edge"),
     "1b-64": preset("paper-1b", **SHORT),
     "1b-1024": preset("paper-1b", **LONG),

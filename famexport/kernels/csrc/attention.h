@@ -24,23 +24,20 @@ struct Tokens {
   // What a token sees: the tokens of all slots, FAM, and the block's tokens to its own.
   ANYWHERE int seen(int place) const { return slots.count * block() + fam + place + 1; }
 
-  // Of one of these columns: the row of the tables, and where its key and value are for a kv head.
+  // Of one of these columns: the row of the tables, and where its key and value are in the slots for a kv head.
   ANYWHERE int find(int b, int column, int kv_head, const T*& k, const T*& v) const {
-    const int inside = kv_head * 2 * heads.half;
-    if (column < slots.count * block()) {
-      const int slot = column / block(), row = fam + column % block();
-      const int64_t at = line(b, row) + inside;
-      k = slots.key[slot] + at, v = slots.value[slot] + at;
-      return slot * rows + row;
-    }
-    const int row = column - slots.count * block(), i = new_row(b, row);
-    if (i >= 0) {
-      k = fresh(b, i) + inside, v = k + heads.kv_width();
-    } else {
-      const int64_t at = line(b, row) + inside;
-      k = open_key + at, v = open_value + at;
-    }
-    return slots.count * rows + row;
+    const bool past = column < slots.count * block();
+    const int slot = past ? column / block() : slots.count;
+    const int row = past ? fam + column % block() : column - slots.count * block();
+    const int64_t at = line(b, row) + kv_head * 2 * heads.half;
+    k = (past ? slots.key[slot] : open_key) + at, v = (past ? slots.value[slot] : open_value) + at;
+    return slot * rows + row;
+  }
+  // And whether it is one of the chunk's, which the slots do not have yet.
+  ANYWHERE bool find_new(int b, int column, int kv_head, const T*& k, const T*& v) const {
+    const int row = column - slots.count * block(), i = row < 0 ? -1 : new_row(b, row);
+    if (i >= 0) k = fresh(b, i) + kv_head * 2 * heads.half, v = k + heads.kv_width();
+    return i >= 0;
   }
 
   ANYWHERE int64_t line(int b, int row) const { return (int64_t(b) * rows + row) * heads.kv_width(); }  // of a slot
@@ -85,6 +82,7 @@ void attend(const Cpu& cpu, const Tokens<T>& t) {
     for (int column = 0; column < seen; ++column) {
       const T *k, *v;
       const int row = t.find(b, column, head / t.heads.group(), k, v);
+      t.find_new(b, column, head / t.heads.group(), k, v);
       const float *key_cos = t.key_cos + row * half, *key_sin = t.key_sin + row * half;
       float score = 0;
       for (int d = 0; d < half; ++d) {
@@ -102,54 +100,81 @@ void attend(const Cpu& cpu, const Tokens<T>& t) {
 #ifdef __CUDACC__
 constexpr int ATTENTION_WARPS = 4, AT_ONCE = 4;
 
+// What a lane holds of some columns: P values of each half of key and value, and of the tables.
+template <class T, int P>
+struct Columns {
+  T k1[AT_ONCE][P], k2[AT_ONCE][P], v1[AT_ONCE][P], v2[AT_ONCE][P];
+  float cos[AT_ONCE][P], sin[AT_ONCE][P];
+
+  __device__ __forceinline__ void take(int j, const T* key, const T* value, int at, int half) {
+    UNROLL
+    for (int k = 0; k < P; ++k) {
+      k1[j][k] = key[at + k], k2[j][k] = key[half + at + k];
+      v1[j][k] = value[at + k], v2[j][k] = value[half + at + k];
+    }
+  }
+  // From the slots; lanes beyond the head read its first values, which nothing uses.
+  __device__ __forceinline__ void load(const Tokens<T>& t, int b, int group, int column, int end, int at) {
+    UNROLL
+    for (int j = 0; j < AT_ONCE; ++j) {
+      const T *key, *value;
+      const int row = t.find(b, max(min(column + j, end - 1), 0), group, key, value);
+      take(j, key, value, at, t.heads.half);
+      UNROLL
+      for (int k = 0; k < P; ++k) {
+        cos[j][k] = t.key_cos[row * t.heads.half + at + k], sin[j][k] = t.key_sin[row * t.heads.half + at + k];
+      }
+    }
+  }
+};
+
 // Block (x, head, token): x < splits attends to its part of the columns, the others copy the open slot. A lane holds P
-// values of each half of a head: its first is lane * P.
+// values of each half of a head: its first is lane * P. Slots are older than this step: what a warp needs first of them is
+// asked for before the kernel before this one has ended.
 template <class T, int P>
 __global__ void attend_part(Tokens<T> t) {
-  let_next_start();
-  wait_for_previous();
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, head = blockIdx.y;
   const int token = blockIdx.z, half = t.heads.half, b = token / t.chunk, group = head / t.heads.group();
+  let_next_start();
   if (blockIdx.x >= t.splits) {
     const int each = gridDim.x - t.splits, blocks = each * gridDim.y * gridDim.z;
     const int block = (blockIdx.z * gridDim.y + blockIdx.y) * each + blockIdx.x - t.splits;
-    for (int unit = block * blockDim.x + threadIdx.x; unit < t.copies(); unit += blocks * blockDim.x) t.copy(unit);
+    const int thread = block * blockDim.x + threadIdx.x, threads = blocks * blockDim.x;
+    wait_for_previous();
+    for (int unit = thread; unit < t.copies(); unit += threads) t.copy(unit);
     return;
   }
-  const int at = lane * P;
-  const bool holds = at < half;
-  const int place = t.place(b, token % t.chunk);
+  const bool holds = lane * P < half;
+  const int at = holds ? lane * P : 0, place = t.place(b, token % t.chunk);
+  const int first = blockIdx.x * t.each, end = min(first + t.each, t.seen(place));
+  constexpr int STEP = ATTENTION_WARPS * AT_ONCE;
+  Columns<T, P> c;
+  int column = first + warp * AT_ONCE;
+  c.load(t, b, group, column, end, at);
+  wait_for_previous();
   float q1[P], q2[P], sum1[P] = {}, sum2[P] = {};
   const T* from = t.qkv + int64_t(token) * t.heads.packed_width() + head * 2 * half + at;
   UNROLL
   for (int k = 0; k < P; ++k) {
-    const float x = holds ? widened(from[k]) : 0.f, y = holds ? widened(from[half + k]) : 0.f;
-    const float cos = holds ? t.token_cos[place * half + at + k] : 0.f;
-    const float sin = holds ? t.token_sin[place * half + at + k] : 0.f, scale = rsqrtf(2.f * half);
+    const float x = widened(from[k]), y = widened(from[half + k]), scale = holds ? rsqrtf(2.f * half) : 0.f;
+    const float cos = t.token_cos[place * half + at + k], sin = t.token_sin[place * half + at + k];
     q1[k] = (x * cos - y * sin) * scale, q2[k] = (y * cos + x * sin) * scale;
   }
   float largest = -INFINITY, total = 0;
-  const int first = blockIdx.x * t.each, end = min(first + t.each, t.seen(place));
-  for (int column = first + warp * AT_ONCE; column < end; column += ATTENTION_WARPS * AT_ONCE) {
-    float score[AT_ONCE], v1[AT_ONCE][P], v2[AT_ONCE][P];
+  while (column < end) {
+    float score[AT_ONCE], now = largest;
     UNROLL
     for (int j = 0; j < AT_ONCE; ++j) {
-      score[j] = 0;
       const T *key, *value;
-      const int row = t.find(b, min(column + j, end - 1), group, key, value);
+      if (t.find_new(b, min(column + j, end - 1), group, key, value)) c.take(j, key, value, at, half);
+      score[j] = 0;
       UNROLL
       for (int k = 0; k < P; ++k) {
-        const float x = holds ? widened(key[at + k]) : 0.f, y = holds ? widened(key[half + at + k]) : 0.f;
-        const float cos = holds ? t.key_cos[row * half + at + k] : 0.f;
-        const float sin = holds ? t.key_sin[row * half + at + k] : 0.f;
-        v1[j][k] = holds ? widened(value[at + k]) : 0.f, v2[j][k] = holds ? widened(value[half + at + k]) : 0.f;
-        score[j] += q1[k] * (x * cos - y * sin) + q2[k] * (y * cos + x * sin);
+        const float x = widened(c.k1[j][k]), y = widened(c.k2[j][k]);
+        score[j] += q1[k] * (x * c.cos[j][k] - y * c.sin[j][k]) + q2[k] * (y * c.cos[j][k] + x * c.sin[j][k]);
       }
-    }
-    float now = largest;
-    UNROLL
-    for (int j = 0; j < AT_ONCE; ++j) {
-      score[j] = column + j < end ? warp_sum(score[j]) : -INFINITY;  // the same for the whole warp
+      score[j] = warp_sum(holds ? score[j] : 0.f);
+      if (column + j >= end) score[j] = -INFINITY;  // the same for the whole warp
       now = fmaxf(now, score[j]);
     }
     const float kept = __expf(largest - now);
@@ -161,8 +186,10 @@ __global__ void attend_part(Tokens<T> t) {
       const float weight = __expf(score[j] - now);
       total += weight;
       UNROLL
-      for (int k = 0; k < P; ++k) sum1[k] += weight * v1[j][k], sum2[k] += weight * v2[j][k];
+      for (int k = 0; k < P; ++k) sum1[k] += weight * widened(c.v1[j][k]), sum2[k] += weight * widened(c.v2[j][k]);
     }
+    column += STEP;
+    if (column < end) c.load(t, b, group, column, end, at);
   }
   // The warps' parts become the block's.
   __shared__ float sums[ATTENTION_WARPS][2 * P * WARP], tops[ATTENTION_WARPS], totals[ATTENTION_WARPS];
@@ -258,7 +285,7 @@ struct TokenAttention {
     t.key_cos = context.input<float>(5).sized(key_table, "key_cos").data;
     t.key_sin = context.input<float>(6).sized(key_table, "key_sin").data;
     const int columns = t.seen(t.block() - 1);
-    t.each = columns > 1024 ? 64 : 32;
+    t.each = columns > 1024 ? 64 : 16;
     t.splits = (columns + t.each - 1) / t.each;
     t.heads_out = context.output<T>(0, {t.batch, t.chunk, t.heads.width()}).data;
     t.key = context.output<T>(1, slot).data, t.value = context.output<T>(2, slot).data;

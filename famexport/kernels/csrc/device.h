@@ -1,5 +1,6 @@
 // What kernels share: where they run, number types, vectors of 16 bytes, sums over a warp.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "ort.h"

@@ -1,7 +1,5 @@
 // SkipNorm: the residual sum and its norm. A row of FAM takes what is added to, or what is normed, from FAM's state.
 #pragma once
-#include <algorithm>
-
 #include "device.h"
 
 template <class T>
