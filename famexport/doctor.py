@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from famexport.errors import FamExportError, MissingDependencyError
+from famexport.errors import FamExportError, MissingDependencyError, UntrustedError
 from famexport.kernels.build import COMMAND
 from famexport.kernels.library import find
 from famexport.runtime.cuda import Cuda
@@ -91,17 +91,17 @@ def _ort_gpu(name: str, provider: str, cuda: str | None) -> dict[str, Any]:
         return _backend(name, False, f"onnxruntime {onnxruntime.__version__} has no {provider}", add)
     if cuda or name != "ort-cuda":
         return _backend(name, cuda is None, cuda or f"onnxruntime {onnxruntime.__version__}", None)
-    built, said = kernels()
-    return _backend(name, True, f"onnxruntime {onnxruntime.__version__}, {said}", None if built else COMMAND)
+    works, built, said = _kernels()
+    return _backend(name, works, f"onnxruntime {onnxruntime.__version__}, {said}", None if built else COMMAND)
 
 
-def kernels() -> tuple[bool, str]:
-    """Whether famexport's own CUDA kernels are built here, and what to say of them."""
+def _kernels() -> tuple[bool, bool, str]:
+    """Whether ort-cuda works with what is there of famexport's own kernels, whether it uses them, and what to say."""
     try:
         library = find()
-    except FamExportError as exc:
-        return False, str(exc).partition(";")[0]
-    return (True, "kernels built") if library else (False, "slower without its kernels")
+    except FamExportError as exc:  # a library that nobody vouches for is not passed over: ort-cuda refuses to load
+        return not isinstance(exc, UntrustedError), False, str(exc).partition(";")[0]
+    return (True, True, "kernels built") if library else (True, False, "slower without its kernels")
 
 
 def _ort_cpu() -> dict[str, Any]:

@@ -49,7 +49,11 @@ _KEYS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class GraphFiles:
-    """The file of one graph, and of its variants by backend name (``{"ort-cpu": "block_step.ort-cpu.onnx"}``)."""
+    """The file of one graph, and of its variants by backend name (``{"ort-cpu": "block_step.ort-cpu.onnx"}``).
+
+    ort-cuda has up to three: ``ort-cuda-start`` while memory fills, then ``ort-cuda``, or in its place
+    ``ort-cuda-fused``, whose operators are those of ``famexport.kernels``.
+    """
 
     file: str
     variants: dict[str, str] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from famexport.cli import _run
 from famexport.compare import compare
 from famexport.errors import UsageError
 from famexport.runtime import torch_loop
+from famexport.runtime.selftest import report_line, verify
 
 
 @pytest.mark.parametrize("name", ["plain", "all_rows", "embeds", "fp16"])
@@ -73,3 +74,9 @@ def test_the_row_of_a_device(bundles: Callable[[str], Path], capsys: pytest.Capt
     assert len(row) == len(header.split(" | ")) == 7
     assert row[3] == "ort-cpu (CPUExecutionProvider)"
     assert "8 blocks executed, logits" in row[6]
+
+
+@pytest.mark.parametrize(("kernels", "said"), [("fused", ", fused kernels"), ("not built: famexport kernels", "")])
+def test_the_row_says_where_kernels_of_its_own_ran(bundles: Callable[[str], Path], kernels: str, said: str) -> None:
+    facts = {**verify(bundles("plain")), "kernels": kernels}
+    assert report_line(facts).split(" | ")[3] == f"ort-cpu (CPUExecutionProvider{said})"

@@ -95,7 +95,8 @@ def bench(
     for name in taken:
         samples[name] = _samples(taken[name], paced.get(name))
         limit = ceilings.get(turns.devices[name])
-        results.append(_result(bundle, name, taken[name], samples[name], paced.get(name), rates[name], limit))
+        result = _result(bundle, name, taken[name], samples[name], paced.get(name), rates[name], limit)
+        results.append({**result, "kernels": turns.kernels[name]})
     report = full_report(path, bundle, results, gpu=gpu, power=meter.result(), tegrastats=stats.result())
     return report, samples
 

@@ -90,10 +90,11 @@ def bench_tokens(
             if progress:
                 progress(i + 1, tokens)
     ceilings, gpu = measure_limits(set(turns.devices.values()), PRECISION_DTYPE[bundle.manifest.precision])
-    results = [
-        _result(bundle, name, samples[name], memory[name], prompt, turns.batch, ceilings.get(turns.devices[name]))
-        for name in samples
-    ]
+    results = []
+    for name in samples:
+        limit = ceilings.get(turns.devices[name])
+        result = _result(bundle, name, samples[name], memory[name], prompt, turns.batch, limit)
+        results.append({**result, "kernels": turns.kernels[name]})
     report = full_report(path, bundle, results, gpu=gpu, power=meter.result(), tegrastats=stats.result())
     return report, samples
 

@@ -46,10 +46,16 @@ class Turns:
     """One stream per backend, all fed the same input into the same kind of buffer."""
 
     def __init__(
-        self, bundle: Bundle, streams: dict[str, Stream], rng: np.random.Generator, devices: dict[str, str]
+        self,
+        bundle: Bundle,
+        streams: dict[str, Stream],
+        rng: np.random.Generator,
+        devices: dict[str, str],
+        kernels: dict[str, str | None],
     ) -> None:
         self.contract, self.streams, self._rng = bundle.contract, streams, rng
         self.devices = devices  # "cpu" or "cuda", by backend
+        self.kernels = kernels  # what Session.info says of them, by backend
         self._tolerance = float(bundle.manifest.parity.get("tolerance", 1e-3))
         self.batch = next(iter(streams.values())).batch
         self._outs = {n: np.zeros(self.contract.outputs[0].sized(self.batch), np.float32) for n in streams}
@@ -102,14 +108,15 @@ class Turns:
 def opened_turns(bundle: Bundle, names: Sequence[str], threads: int | None, seed: int) -> Iterator[Turns]:
     """Sessions and streams on all backends, closed in the end."""
     with ExitStack() as stack:
-        streams, devices = {}, {}
+        streams, devices, kernels = {}, {}, {}
         for name in names:
             session = stack.enter_context(load(bundle, name, threads=threads))
             if session.backend.name in streams:
                 raise UsageError(f"a backend is named twice: {', '.join(names)}; {name} is {session.backend.name}")
             devices[session.backend.name] = session.backend.device
+            kernels[session.backend.name] = session.info().get("kernels")
             streams[session.backend.name] = stack.enter_context(session.stream())
-        yield Turns(bundle, streams, np.random.default_rng(seed), devices)
+        yield Turns(bundle, streams, np.random.default_rng(seed), devices, kernels)
 
 
 def weight_bytes(bundle: Bundle) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -120,8 +121,8 @@ def kernels(
         print_json({"library": str(library), "bytes": library.stat().st_size, "arch": arch})
     elif not quiet:
         out.print(f"{library}: {size(library.stat().st_size)}, for {arch}", markup=False)
-        if library.parent != folder():
-            out.print(f"to have it used: export {FOLDER}={library.parent.resolve()}", markup=False)
+        if (used := library.parent.resolve()) != folder().resolve():
+            out.print(f"to have it used: export {FOLDER}={shlex.quote(str(used))}", markup=False)
 
 
 def _profile(text: str | None) -> tuple[int, int, int] | None:

@@ -83,7 +83,9 @@ def _table(title: str | None, columns: list[str], rows: list[list[str]]) -> Tabl
 
 def _machine(report: dict[str, Any]) -> str:
     device, gpu = report["device"], report.get("gpu", {}).get("name")
-    return f"{device['processor']}, {device['cores']} cores" + (f", {gpu}" if gpu else "")
+    kernels = next((result["kernels"] for result in report["results"] if result["kernels"]), None)  # of ort-cuda
+    parts = f"{device['processor']}, {device['cores']} cores", gpu, kernels and f"kernels: {kernels}"
+    return ", ".join(part for part in parts if part)
 
 
 def _share(result: dict[str, Any]) -> str:

@@ -54,7 +54,9 @@ def build(out: Path, *, cuda: bool = True, arch: str = "native") -> Path:
     try:
         out.mkdir(mode=0o755, parents=True, exist_ok=True)
         if out.stat().st_mode & 0o002:
-            raise UntrustedError(f"anyone may write {out}, so no library in it is loaded; name another with --out")
+            raise UntrustedError(
+                f"anyone may write {out}, so nothing in it is loaded; use another --out, or chmod o-w it"
+            )
         with tempfile.TemporaryDirectory(dir=out) as temp:
             made = Path(temp, LIBRARY)
             _compile([*command, str(SOURCE / "library.cc"), "-o", str(made)], made)

@@ -54,6 +54,7 @@ class DeviceLoop(Loop):
         self._ready = self._closed = False
         self._done, self._appended = BLOCK, np.zeros(batch, np.int64)  # what the last call did
         self._captured: dict[Key, int] = {}
+        self._known: dict[Key, dict[str, int]] = {}
         self._events: list[Any] = []
         sizes: dict[tuple[Any, ...], int] = {}
         for name, io in self._graphs.items():
@@ -250,6 +251,12 @@ class DeviceLoop(Loop):
         return name, turn if self.contract.chunks and not name.startswith("block_step") else (turn[0], 0)
 
     def _addresses(self, key: Key) -> dict[str, int]:
+        """By the engine's names; found out once, since an engine may be called some thousand times a second."""
+        if key not in self._known:
+            self._known[key] = self._find_addresses(key)
+        return self._known[key]
+
+    def _find_addresses(self, key: Key) -> dict[str, int]:
         name, io = key[0], self._graphs[key[0]]
         found = {spec.name: self._at["in", name, spec.name] for spec in io.inputs}
         for spec in io.states:
@@ -275,7 +282,7 @@ class DeviceLoop(Loop):
 
     def _checked_states(self, key: Key) -> list[tuple[int, Stored]]:
         new = [self._stored[spec.name] for spec in self._graphs[key[0]].new if spec.dtype in EXPONENTS]
-        return [(self._state.addresses(stored.spec.name, key[1])[-1], stored) for stored in new]
+        return [(self._addresses(key)[stored.new], stored) for stored in new]
 
     def commit(self, rows: Sequence[int] | None = None) -> None:
         with self._cuda.lock:

@@ -73,12 +73,13 @@ def report_line(facts: Mapping[str, Any]) -> str:
         finally:
             cuda.close()
         gpu = f"{said['name']} ({'.'.join(map(str, said['compute_capability']))}), CUDA {said['runtime']}"
+    fused = ", fused kernels" if facts.get("kernels") == "fused" else ""
     packages = [f"{name} {found[name]}" for name in ("famexport", "onnxruntime", "onnxruntime-gpu") if name in found]
     cells = (
         date.today().isoformat(),
         f"{machine['processor']}, {machine['system']}, Python {machine['python']}",
         gpu,
-        f"{facts['backend']} ({facts['provider']})",
+        f"{facts['backend']} ({facts['provider']}{fused})",
         ", ".join(packages),
         facts["precision"],
         f"{facts['golden_blocks']} blocks executed, logits {facts['logits_error']:.2g}, "

@@ -56,6 +56,7 @@ RESULT = {
         "of": "str",
         "share": "float",
     },
+    "kernels": "NoneType",
 }
 
 

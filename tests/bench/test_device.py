@@ -16,6 +16,7 @@ from famexport.bench import roofline
 from famexport.bench.measure import BACK_TO_BACK_BLOCKS, ROUNDS, bench
 from famexport.bench.roofline import Ceilings, measure_gpu_ceilings, measure_limits
 from famexport.bench.tokens import bench_tokens
+from famexport.cli import _run
 from famexport.errors import FamExportError, IncompatibleError, NonFiniteError
 from famexport.runtime import ort
 from famexport.runtime.score import percentiles
@@ -140,6 +141,27 @@ def test_tokens(bundles: Bundles, gpu: type[Counted]) -> None:
     assert ours["roofline"]["share"] == ours["roofline"]["floor_ms"] / 0.25
     assert theirs["roofline"]["copy_gb_per_s"] == 10
     assert ours["rss_bytes"]["trace"][-1] == [15, ours["rss_bytes"]["last"]]
+
+
+@pytest.mark.parametrize("mode", ["block", "token"])
+@pytest.mark.parametrize("said", ["fused", "not built: famexport kernels", None])
+def test_whether_kernels_of_its_own_ran(
+    bundles: Bundles,
+    gpu: type[Counted],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mode: str,
+    said: str | None,
+) -> None:
+    """A figure of ort-cuda means little without it: in the header, and beside the figure in JSON."""
+    monkeypatch.setattr(ort.OrtCpu, "kernels", said, raising=False)
+    command = ["bench", str(bundles("all")), "--backend", "torch", "--backend", "ort-cpu", "--mode", mode]
+    assert _run([*command, "--blocks", "2", "--tokens", "2"], False) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert [result["kernels"] for result in json.loads(last)["results"]] == [None, said]
+    header = " ".join(table).partition("┏")[0]
+    assert (f", a GPU, kernels: {said}" in header) == (said is not None)
+    assert ("kernels" in header) == (said is not None)
 
 
 @pytest.mark.parametrize("where", ["opening", "copying"])

@@ -308,7 +308,7 @@ def test_version_and_help(famexport: Command) -> None:
     import famexport as package
 
     assert famexport("--version") == f"famexport {package.__version__}\n"
-    commands = ("init", "convert", "export", "run", "bench", "verify", "inspect", "doctor")
+    commands = ("init", "convert", "export", "kernels", "run", "bench", "verify", "inspect", "doctor")
     for given in ("--help", "-h"):
         shown = famexport(given)
         assert all(f"\n  {command} " in shown for command in commands)

@@ -49,7 +49,9 @@ def nvcc(tmp_path: Path) -> Nvcc:
     return lambda text: script(tmp_path / "bin", text)
 
 
-def test_it_builds_where_kernels_are_looked_for(says: Says, place: Path, nvcc: Nvcc) -> None:
+def test_it_builds_where_kernels_are_looked_for(
+    says: Says, place: Path, nvcc: Nvcc, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nvcc(MAKES)
     out, err = says("kernels")
     assert out.startswith(f"{place / LIBRARY}: ")
@@ -64,7 +66,9 @@ def test_it_builds_where_kernels_are_looked_for(says: Says, place: Path, nvcc: N
     }
     assert "-arch=sm_87" in (place / LIBRARY).read_text()
     assert says("kernels", "--quiet") == ("", "")
-    assert says("kernels", "--out", "built") [0].count("\n") == 1  # the same folder needs no hint
+    assert says("kernels", "--out", "built")[0].count("\n") == 1  # the same folder needs no hint
+    monkeypatch.setenv(FOLDER, "built")
+    assert says("kernels", "--out", place)[0].count("\n") == 1
 
 
 def test_it_says_how_another_folder_is_used(
@@ -134,9 +138,7 @@ def test_doctor_names_kernels_of_another_version(
 
 
 @pytest.mark.parametrize("harm", ["changed", "open", "no record", "nonsense"])
-def test_doctor_says_that_a_library_is_not_trusted(
-    says: Says, place: Path, nvcc: Nvcc, gpu: None, harm: str
-) -> None:
+def test_doctor_says_that_a_library_is_not_trusted(says: Says, place: Path, nvcc: Nvcc, gpu: None, harm: str) -> None:
     """ort-cuda refuses to load with it."""
     nvcc(MAKES)
     says("kernels")

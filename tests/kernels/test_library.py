@@ -206,9 +206,7 @@ def test_where_it_is_looked_for(built: Path, monkeypatch: pytest.MonkeyPatch, tm
         assert folder() == Path(builder.__file__).parent / "built"
 
 
-def test_a_build_for_the_cpu_is_not_for_ort_cuda(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_for_the_cpu_is_not_for_ort_cuda(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(script(tmp_path / "bin", MAKES, "c++")))
     build(out, cuda=False)
     with pytest.raises(IncompatibleError, match=f"built for the CPU; build them again with: {COMMAND}"):
