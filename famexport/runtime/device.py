@@ -54,7 +54,8 @@ class DeviceLoop(Loop):
         self._ready = self._closed = False
         self._done, self._appended = BLOCK, np.zeros(batch, np.int64)  # what the last call did
         self._captured: dict[Key, int] = {}
-        self._known: dict[Key, dict[str, int]] = {}
+        self._known: dict[Key, dict[str, int]] = {}  # addresses
+        self._checked: dict[Key, list[tuple[int, Stored]]] = {}
         self._events: list[Any] = []
         sizes: dict[tuple[Any, ...], int] = {}
         for name, io in self._graphs.items():
@@ -281,8 +282,10 @@ class DeviceLoop(Loop):
                 raise FamExportError(f"internal: {name} and {other} of {key[0]} overlap, or are not aligned")
 
     def _checked_states(self, key: Key) -> list[tuple[int, Stored]]:
-        new = [self._stored[spec.name] for spec in self._graphs[key[0]].new if spec.dtype in EXPONENTS]
-        return [(self._addresses(key)[stored.new], stored) for stored in new]
+        if key not in self._checked:
+            new = [self._stored[spec.name] for spec in self._graphs[key[0]].new if spec.dtype in EXPONENTS]
+            self._checked[key] = [(self._addresses(key)[stored.new], stored) for stored in new]
+        return self._checked[key]
 
     def commit(self, rows: Sequence[int] | None = None) -> None:
         with self._cuda.lock:
