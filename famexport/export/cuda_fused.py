@@ -16,10 +16,15 @@ THIN_ROWS = 8  # that the operators for short chunks take, of the whole batch
 _NORMED_BYTES = 44 * 1024  # of them in the weights' dtype, that norm_thin takes
 _NORM_WIDTH = 12032  # that SkipNorm takes
 _SLOTS = 32  # that the operators with slots take
-_TOKEN_HEADS = 32, 64, 128, 256  # head widths of TokenAttention
+_TOKEN_HEAD = 256  # width of a head that TokenAttention takes
 _ACT = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 
 Values = Sequence[ir.Value]
+
+
+def takes_norms(config: FamConfig) -> bool:
+    """Whether the operators take a model's rows: without them it has no fused graphs."""
+    return config.hidden_size <= _NORM_WIDTH
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,6 @@ class Fused:
     type: ir.DataType
 
     @property
-    def norms(self) -> bool:
-        """Whether ``skip_norm`` takes this model's rows."""
-        return self.config.hidden_size <= _NORM_WIDTH
-
-    @property
     def gates(self) -> bool:
         """Whether ``gated_act`` and its like take this model's feed-forward."""
         return self.config.intermediate_size % 8 == 0
@@ -53,7 +53,7 @@ class Fused:
     @property
     def packs_tokens(self) -> bool:
         """Whether ``token_attention`` does."""
-        return self.packs and self.config.head_dim in _TOKEN_HEADS
+        return self.packs and self.config.head_dim <= _TOKEN_HEAD
 
     def skip_norm(
         self,
@@ -116,7 +116,10 @@ class Fused:
             token, columns: cos and sin, float32, of the block's tokens and of the columns [slots; own].
             open_slots: key and value of the open block.
             slots: as for ``block_memory``.
+
+        All but ``qkv`` must be inputs of the graph or constants: the kernel reads them before earlier nodes have ended.
         """
+        assert all(value.producer() is None for value in (opened, length, *token, *columns, *open_slots, *slots))
         inputs = [qkv, opened, length, *token, *columns, *open_slots, *slots]
         heads, key, value, scratch = self._ops("TokenAttention", *inputs, outputs=4, **self._heads())
         scratch.dtype = ir.DataType.FLOAT

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from famexport.config import FamConfig
-from famexport.export.cuda_fused import DOMAIN, Fused
+from famexport.export.cuda_fused import DOMAIN, Fused, takes_norms
 from famexport.export.net import Net
 from famexport.rotary import rotary_tables
 
@@ -50,7 +50,7 @@ class Step:
         self.plan, self.steady, self.net = plan, steady, Net()
         self.c, self.type = plan.config, _TYPES[plan.dtype]
         self.kernels = Fused(self.net, plan.config, self.type)
-        self.fused = plan.fused and steady and self.kernels.norms
+        self.fused = plan.fused and steady and takes_norms(plan.config)
         self.thin_rows = 0  # of a call, where the operators for few rows take them
         self.is_fam: ir.Value | None = None
         self.outputs: list[ir.Value] = []

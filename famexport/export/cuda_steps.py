@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from famexport.config import FamConfig
 from famexport.contract import CHUNK_LENGTH, OPEN_LENGTH, PRECISION_DTYPE, StepContract
-from famexport.export.cuda_fused import THIN_ROWS
+from famexport.export.cuda_fused import THIN_ROWS, takes_norms
 from famexport.export.cuda_layer import LayerStep, Residual
 from famexport.export.cuda_net import Plan
 from famexport.runtime.device_weights import parts
@@ -255,14 +255,13 @@ def cuda_graphs(
         return {}
     fed = contract.inputs[0].name
     plan = Plan(config, PRECISION_DTYPE[precision], contract.batch, contract.logits, fed == "inputs_embeds")
+    forms = [("ort-cuda", plan, True), ("ort-cuda-start", plan, False)]
+    if takes_norms(config):
+        forms.append(("ort-cuda-fused", replace(plan, fused=True), True))
     found: dict[str, dict[str, ir.Model]] = {}
     for name in contract.graph_names:
         found[name] = {}
-        for key, form, steady in (
-            ("ort-cuda", plan, True),
-            ("ort-cuda-start", plan, False),
-            ("ort-cuda-fused", replace(plan, fused=True), True),
-        ):
+        for key, form, steady in forms:
             if chunk := contract.graph(name).chunk:
                 found[name][key] = AppendStep(form, chunk, steady=steady).model(name)
             else:

@@ -25,7 +25,7 @@ _FLAGS = ("-std=c++17", "-shared", "-O3")
 def source_hash() -> str:
     """SHA-256 over the names and contents of all source files."""
     digest = hashlib.sha256()
-    for file in sorted(SOURCE.iterdir()):
+    for file in sorted((*SOURCE.glob("*.h"), *SOURCE.glob("*.cc"))):
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
@@ -37,31 +37,30 @@ def build(out: Path, *, cuda: bool = True, arch: str = "native") -> Path:
         cuda: with nvcc, else for the CPU alone (float32) with ``$CXX`` or g++.
         arch: nvcc's -arch: "native" is the GPU of this machine, "all-major" any, "sm_87" Jetson Orin.
     Raises:
-        IncompatibleError: the compiler is missing.
-        UntrustedError: anyone may write ``out``, so nothing in it would be loaded.
+        IncompatibleError: the compiler is missing, or there is no GPU here for "native".
+        UntrustedError: others may write ``out``, so nothing in it would be loaded.
         FamExportError: the compiler failed, or ``out`` cannot be written.
     """
     compiler = "nvcc" if cuda else os.environ.get("CXX") or "g++"
     if not (found := shutil.which(compiler)):
         hint = "install the CUDA toolkit, or add its bin folder to PATH" if cuda else "sudo apt-get install g++"
         raise IncompatibleError(f"building the kernels needs {compiler}, which is not on the PATH; {hint}")
-    source = source_hash()
-    command = [found, *_FLAGS, f'-DFAMEXPORT_SOURCE="{source}"']
+    command = [found, *_FLAGS]
     if cuda:
         command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-arch={arch}", "-x", "cu"]
     else:
         command += ["-fPIC", "-fvisibility=hidden", "-x", "c++"]
     try:
         out.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if out.stat().st_mode & 0o002:
+        if written_by_others(out):
             raise UntrustedError(
-                f"anyone may write {out}, so nothing in it is loaded; use another --out, or chmod o-w it"
+                f"others may write {out}, so nothing in it is loaded; use another --out, or chmod go-w it"
             )
         with tempfile.TemporaryDirectory(dir=out) as temp:
             made = Path(temp, LIBRARY)
             _compile([*command, str(SOURCE / "library.cc"), "-o", str(made)], made)
             record = {
-                "source": source,
+                "source": source_hash(),
                 "library": file_hash(made),
                 "compiler": _version(found),
                 "cuda": cuda,
@@ -81,6 +80,11 @@ def _compile(command: list[str], made: Path) -> None:
     if code or not made.is_file():
         said = "\n".join((err.strip() or out.strip() or "it said nothing").splitlines()[:6])
         raise FamExportError(f"{Path(command[0]).name} cannot compile the kernels (exit code {code}):\n{said}")
+    if "Cannot find valid GPU" in err:  # it takes an old architecture then
+        raise IncompatibleError(
+            "nvcc sees no GPU here to compile for; name one: --arch sm_90 for an H100, sm_87 for Jetson Orin, "
+            "all-major for any"
+        )
 
 
 def _version(compiler: str) -> str:
@@ -95,6 +99,12 @@ def _run(command: list[str]) -> tuple[int, str, str]:
     except OSError as exc:
         raise FamExportError(f"{command[0]} does not start: {exc.strerror}") from exc
     return done.returncode, done.stdout, done.stderr
+
+
+def written_by_others(path: Path) -> bool:
+    """Whether anyone but this user and root may write it."""
+    info = path.stat()
+    return info.st_uid not in (0, os.geteuid()) or bool(info.st_mode & 0o022)
 
 
 def file_hash(file: Path) -> str:

@@ -85,7 +85,8 @@ class Session:
         if manifest.config is None:  # a module of one's own: its graph is the model
             model["graphs"] = graphs
         digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
-        return Origin(digest, engine_name(self.backend.name, graphs, batch), self.contract)
+        fused = " fused" if getattr(self.backend, "kernels", None) == "fused" else ""  # it rounds differently
+        return Origin(digest, engine_name(self.backend.name + fused, graphs, batch), self.contract)
 
     def close(self) -> None:
         """Open no more streams; those that are open go on. Closing twice does nothing."""
@@ -209,7 +210,7 @@ def _fused_kernels(bundle: Bundle) -> tuple[Path | None, str | None]:
     from famexport.runtime.ort_ring import ring_files
 
     if not ring_files(bundle, fused=True):
-        return None, "the bundle has no graphs for them: export it again"
+        return None, "the bundle has no graphs for them; one made before there were kernels must be exported again"
     from famexport.kernels.build import COMMAND
     from famexport.kernels.library import find
 

@@ -181,7 +181,7 @@ FORMS: dict[tuple[str, str], dict[str, int]] = {
     ("append 1", "plain"): {**THIN, "TokenAttention": LAYERS},
     ("append 4", "plain"): {**THIN, "TokenAttention": LAYERS},
     ("append 1", "qk_norm"): THIN,
-    ("append 1", "heads of 16"): THIN,
+    ("append 1", "heads of 16"): {**THIN, "TokenAttention": LAYERS},
     ("append 1", "biases"): {
         "SkipNorm": LAYERS + 1,
         "NormThinMatMul": LAYERS,
@@ -209,6 +209,9 @@ def test_rows_too_wide_for_the_norm() -> None:
     plan = Plan(replace(WIDE, hidden_size=12040, num_hidden_layers=1), "float16", 1)
     for step in STEPS:
         assert graph(step, replace(plan, fused=True)) == graph(step, plan)
+    names = {part for step in STEPS for v in graph(step, plan).graph.input for part in parts(v.name)}
+    found = cuda_graphs(plan.config, contract_for(plan.config, "fp16", 1, chunks=(1, 4)), "fp16", names)
+    assert all(list(variants) == ["ort-cuda", "ort-cuda-start"] for variants in found.values())
 
 
 def test_nodes_of_a_layer() -> None:

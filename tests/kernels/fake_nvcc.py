@@ -11,6 +11,11 @@ said="$*"
 while [ "$1" != -o ]; do shift; done
 echo "$said" > "$2"
 """
+SEES_NO_GPU = (
+    MAKES
+    + """echo "nvcc warning : Cannot find valid GPU for '-arch=native', default arch is used" >&2
+"""
+)
 FAILS = """#!/bin/sh
 for i in 1 2 3 4 5 6 7 8; do echo "attention.h($i): error: line $i" >&2; done
 exit 2

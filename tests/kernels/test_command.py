@@ -90,7 +90,7 @@ def test_errors_are_one_line(says: Says, place: Path, nvcc: Nvcc) -> None:
     assert "nvcc cannot compile the kernels (exit code 2): attention.h(1): error: line 1 attention.h(2)" in failed
     place.chmod(0o777)
     less, unsafe = says("kernels", code=4)
-    assert "anyone may write" in unsafe
+    assert "others may write" in unsafe
     assert out == more == less == ""
     for err in (without, failed, unsafe):
         assert err.startswith("error: ")
@@ -150,7 +150,7 @@ def test_doctor_says_that_a_library_is_not_trusted(says: Says, place: Path, nvcc
         (place / {"changed": LIBRARY, "nonsense": RECORD}[harm]).write_text("[")
     works, detail, add = row(says)
     assert (works, add) == (False, COMMAND)
-    assert {"changed": "is not what was built", "open": "anyone may write"}.get(harm, "does not say what") in detail
+    assert {"changed": "is not what was built", "open": "others may write"}.get(harm, "does not say what") in detail
 
 
 def test_doctor_without_a_gpu_does_not_ask_for_kernels(says: Says, place: Path) -> None:

@@ -9,7 +9,18 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from tests.kernels.operators import FLOAT, INT, Case, Shape, block_memory, cases, skip_norm, thin, token_attention
+from tests.kernels.operators import (
+    FLOAT,
+    INT,
+    Case,
+    Shape,
+    block_memory,
+    cases,
+    norm_thin,
+    skip_norm,
+    thin,
+    token_attention,
+)
 
 
 def run(library: Path, case: Case) -> list[np.ndarray]:
@@ -54,6 +65,9 @@ WRONG = [
     (resized(TOKEN, 3, (7, 8)), "token_cos"),
     (resized(thin(1, 1, 80, 37), 1, (37, 72)), "weight of ThinMatMul"),
     (thin(3, 3, 80, 37), "1 to 8 rows"),
+    (norm_thin(1, 8, 1536, 24), "44 KB in all"),
+    (resized(norm_thin(1, 1, 64, 24), 1, (63,)), "norm of NormThinMatMul"),
+    (resized(norm_thin(1, 1, 64, 24), 3, (1, 1, 63)), "delta of NormThinMatMul"),
     (Case("GatedAct", [("T", np.zeros((1, 1, 30)))], "T", [None], {"act": 0}), "multiple of 8"),
     (Case("GatedAct", [("T", np.zeros((1, 1, 32)))], "T", [None], {"act": 4}), "act is none of"),
 ]

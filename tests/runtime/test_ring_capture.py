@@ -257,3 +257,5 @@ def test_fused_graphs_take_the_library_in_every_session(
     backend = open_backend(bundle, "ort-cuda")
     assert alike(bundle, backend)["kernels"] == Session(bundle, backend).info()["kernels"] == "fused"
     assert registered == [str(library)] * len(ort.made)
+    unfused = Session(bundle, open_backend(without_fused(path), "ort-cuda"))
+    assert Session(bundle, backend)._origin(1).engine != unfused._origin(1).engine  # a snapshot says which it is of

@@ -287,6 +287,7 @@ struct TokenAttention {
     const int columns = t.seen(t.block() - 1);
     t.each = columns > 1024 ? 64 : 16;
     t.splits = (columns + t.each - 1) / t.each;
+    ort::need(t.splits <= 8192, "TokenAttention is made for less columns");
     t.heads_out = context.output<T>(0, {t.batch, t.chunk, t.heads.width()}).data;
     t.key = context.output<T>(1, slot).data, t.value = context.output<T>(2, slot).data;
     t.partial = context.output<float>(3, {t.batch * t.chunk, query_heads, t.splits, 2 * t.heads.half + 2}).data;

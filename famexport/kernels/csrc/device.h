@@ -7,15 +7,19 @@
 
 #ifdef __CUDACC__
 #define ANYWHERE __host__ __device__ __forceinline__
-#define UNROLL _Pragma("unroll")
 #else
 #define ANYWHERE inline
+#endif
+#ifdef __CUDA_ARCH__
+#define UNROLL _Pragma("unroll")
+#else
 #define UNROLL
 #endif
 
 struct Cpu {
   static constexpr const char* provider = "CPUExecutionProvider";
   explicit Cpu(const ort::Context&) {}
+  static void check() {}
 
   // Calls f(unit) for each unit < count.
   template <class F>
@@ -55,8 +59,9 @@ inline void fine(cudaError_t error) {
 }
 
 // From compute capability 9.0 on, a kernel may start while the one before it still runs (programmatic dependent launch).
-// Each kernel here says at once that the next may, and waits before it touches anything but weights: what it waits for
-// has waited itself, so all that came earlier is done as well.
+// Each kernel here says at once that the next may, and all its threads wait before they write anything, or read what a
+// node of the same graph gives: what they wait for has waited itself, so all that came earlier is done as well. Inputs of
+// the graph may be read before: a graph begins when what came before it has ended.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -67,6 +72,8 @@ __device__ __forceinline__ void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+__global__ void nothing() {}
 
 template <class F>
 __global__ void each_unit(int64_t count, F f) {
@@ -81,17 +88,26 @@ struct Cuda {
   cudaStream_t stream;
   explicit Cuda(const ort::Context& context) : stream(static_cast<cudaStream_t>(context.stream())) {}
 
+  // Throws where this library was compiled for other GPUs, or for another driver.
+  static void check() {
+    cudaFuncAttributes found;
+    fine(cudaFuncGetAttributes(&found, nothing));
+  }
+
   template <class... Parameters>
   void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, Parameters... parameters) const {
     cudaFuncAttributes found;
     fine(cudaFuncGetAttributes(&found, kernel));
+    int driver = 0;
+    fine(cudaDriverGetVersion(&driver));
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = dim3(unsigned(threads)), config.dynamicSmemBytes = shared;
     config.stream = stream, config.attrs = &early;
-    config.numAttrs = found.ptxVersion >= 90 ? 1 : 0;  // else the kernel was compiled without its wait
+    // A kernel compiled for less has no wait in it; drivers before 12.3 cannot capture such launches.
+    config.numAttrs = found.ptxVersion >= 90 && driver >= 12030 ? 1 : 0;
     fine(cudaLaunchKernelEx(&config, kernel, parameters...));
   }
 

@@ -2,13 +2,6 @@
 #include "attention.h"
 #include "thin.h"
 
-#ifndef FAMEXPORT_SOURCE
-#define FAMEXPORT_SOURCE "unknown"
-#endif
-
-extern "C" __attribute__((visibility("default"))) const char famexport_kernels_source[] =
-    "famexport kernels " FAMEXPORT_SOURCE;
-
 namespace {
 
 template <class Op, class T, class Device>
@@ -30,22 +23,29 @@ void add_all(void* domain) {
   add<NormedProduct<true>, T, Device>(domain);
 }
 
+// The domain that all sessions share.
+void* make_domain(const void* const* api) {
+  ort::api = api;
+  void* domain = nullptr;
+  ort::call(ort::CREATE_DOMAIN, static_cast<const char*>("famexport"), &domain);
+  add_all<float, Cpu>(domain);
+#ifdef __CUDACC__
+  add_all<float, Cuda>(domain);
+  add_all<__half, Cuda>(domain);
+  add_all<__nv_bfloat16, Cuda>(domain);
+#endif
+  return domain;
+}
+
 }  // namespace
 
 // What ONNX Runtime calls once for the options of each session.
 extern "C" __attribute__((visibility("default"))) ort::Status RegisterCustomOps(void* options,
                                                                                const ort::ApiBase* base) {
-  ort::api = base->get_api(ort::VERSION);
-  if (ort::api == nullptr) return nullptr;  // too old: it will say that it does not know the operators
+  const void* const* api = base->get_api(ort::VERSION);
+  if (api == nullptr) return nullptr;  // too old: it will say that it does not know the operators
   return ort::guarded([&] {
-    void* domain = nullptr;
-    ort::call(ort::CREATE_DOMAIN, static_cast<const char*>("famexport"), &domain);
-    add_all<float, Cpu>(domain);
-#ifdef __CUDACC__
-    add_all<float, Cuda>(domain);
-    add_all<__half, Cuda>(domain);
-    add_all<__nv_bfloat16, Cuda>(domain);
-#endif
+    static void* const domain = make_domain(api);
     ort::call(ort::ADD_DOMAIN, options, domain);
   });
 }

@@ -234,7 +234,10 @@ struct Registered : CustomOp {
     start_version = [](const CustomOp*) { return 1; };
     end_version = [](const CustomOp*) { return 1; };
     create_v2 = [](const CustomOp*, const void*, const void* info, void** kernel) {
-      return guarded([&] { *kernel = new Op(Attributes{info}); });
+      return guarded([&] {
+        Device::check();
+        *kernel = new Op(Attributes{info});
+      });
     };
     compute_v2 = [](void* kernel, void* context) {
       return guarded([&] {
