@@ -70,9 +70,7 @@ class Fused:
             fam_base: float32 [b, F+T, D], whose first F rows stand for those of ``base``.
             fam_next: likewise, whose first F rows are normed in place of the sum's.
         """
-        c, inputs = self.config, [base, weight, delta, fam_base, fam_next, bias]
-        while inputs[-1] is None:
-            inputs.pop()
+        c, inputs = self.config, (base, weight, delta, fam_base, fam_next, bias)
         fam = 0 if fam_base is fam_next is None else c.fam_length
         total, normed = self._ops(
             "SkipNorm", *inputs, outputs=2, fam=fam, epsilon=c.norm_eps, centered=int(c.norm == "layernorm")
@@ -131,7 +129,7 @@ class Fused:
 
     def thin_matmul(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
         """x [b, c, K] times weight [N, K]."""
-        return self._ops("ThinMatMul", x, weight, *([] if bias is None else [bias]))[0]
+        return self._ops("ThinMatMul", x, weight, bias)[0]
 
     def thin_gated(self, x: ir.Value, weight: ir.Value) -> ir.Value:
         """``gated_act`` of x [b, c, K] times weight [2I, K]."""
@@ -153,10 +151,10 @@ class Fused:
         gate: bool,
     ) -> tuple[ir.Value, ir.Value]:
         """``skip_norm`` without FAM, and ``thin_matmul`` of its norm, or with ``gate`` ``thin_gated``."""
-        inputs, attributes = [base, norm, weight, delta, bias], {"act": _ACT[self.config.activation]} if gate else {}
-        while inputs[-1] is None:
-            inputs.pop()
-        kind = "NormThinGated" if gate else "NormThinMatMul"
+        kind, attributes = "NormThinMatMul", {}
+        if gate:
+            kind, attributes = "NormThinGated", {"act": _ACT[self.config.activation]}
+        inputs = base, norm, weight, delta, bias
         total, y = self._ops(kind, *inputs, outputs=2, epsilon=self.config.norm_eps, **attributes)
         total.dtype = ir.DataType.FLOAT
         return total, y
@@ -166,7 +164,10 @@ class Fused:
         return {"heads": c.num_attention_heads, "kv_heads": c.num_key_value_heads, "fam": c.fam_length}
 
     def _ops(self, kind: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Any) -> Sequence[ir.Value]:
-        values = self.net.ops(kind, *inputs, domain=DOMAIN, outputs=outputs, **attributes)
+        given = list(inputs)
+        while given[-1] is None:  # optional ones that are absent, in the end: not even an empty name
+            given.pop()
+        values = self.net.ops(kind, *given, domain=DOMAIN, outputs=outputs, **attributes)
         for value in values:
             value.dtype = self.type
         return values

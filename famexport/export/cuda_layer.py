@@ -29,12 +29,14 @@ class LayerStep(Step):
 
     def _qkv(self, i: int, z: ir.Value) -> ir.Value:
         """[b, n, D] -> queries, keys and values side by side [b, n, (H+2*Hkv)*Dh]."""
-        name = f"model.layers.{i}.self_attn.qkv_proj"
-        return self._linear(z, name, self.c.hidden_size, self._qkv_width, self.c.qkv_bias)
+        name, width, bias = self._qkv_proj(i)
+        return self._linear(z, name, self.c.hidden_size, width, bias)
 
-    @property
-    def _qkv_width(self) -> int:
-        return (self.c.num_attention_heads + 2 * self.c.num_key_value_heads) * self.c.head_dim
+    def _qkv_proj(self, i: int) -> tuple[str, int, bool]:
+        """Its name, its width, and whether it has a bias."""
+        c = self.c
+        width = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        return f"model.layers.{i}.self_attn.qkv_proj", width, c.qkv_bias
 
     def _heads(self, i: int, qkv: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """q [b, n, H*Dh], k and v [b, n, Hkv*Dh], not rotated."""

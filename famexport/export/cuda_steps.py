@@ -166,8 +166,7 @@ class AppendStep(LayerStep):
             z = self._norm(net.op("Concat", self._slice(self._fam(i)[0], 0, f), x.base, axis=1), name, c.hidden_size)
             qkv = self._qkv(i, z)
         else:
-            qkv_name = f"model.layers.{i}.self_attn.qkv_proj"
-            x, qkv = self._normed_linear(x, name, qkv_name, self._qkv_width, c.qkv_bias)
+            x, qkv = self._normed_linear(x, name, *self._qkv_proj(i))
         if self.packed:
             return self._finish(i, x, self._packed(i, qkv))
         q, *new = self._heads(i, qkv)

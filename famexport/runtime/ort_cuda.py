@@ -72,7 +72,11 @@ class OrtCuda(Backend):
         options = {"user_compute_stream": str(stream), "use_tf32": "0", "device_id": "0"}
         return [("CUDAExecutionProvider", options)]
 
-    def _load(self, name: str, extra: Mapping[str, str] | None = None) -> Any:
+    def _load(self, name: str) -> Any:
+        """A session of one graph, as the backend wants it."""
+        return self._session(name)
+
+    def _session(self, name: str, extra: Mapping[str, str] | None = None) -> Any:
         """A session of one graph; ``extra``: options of the provider."""
         ort, graph, cuda = self._ort, self._files[name], self._cuda
         assert cuda is not None

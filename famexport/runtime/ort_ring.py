@@ -86,13 +86,13 @@ class OrtCudaRing(OrtCuda):
             self.close()
             raise
 
-    def _load(self, name: str, extra: Mapping[str, str] | None = None) -> Any:
+    def _load(self, name: str) -> Any:
         if not self._capture:
-            return super()._load(name, extra)
+            return self._session(name)
         try:
-            return super()._load(name, {**(extra or {}), "enable_cuda_graph": "1"})
+            return self._session(name, {"enable_cuda_graph": "1"})
         except IncompatibleError as exc:
-            session = super()._load(name, extra)
+            session = self._session(name)
             self._note(name, str(exc))
             return session
 
@@ -104,7 +104,7 @@ class OrtCudaRing(OrtCuda):
     def _without_capture(self, name: str, reason: str) -> Any:
         """A session for a graph whose capture failed in a run; later loops take it too. None: the backend is closed."""
         if self._cuda is not None and name not in self.uncaptured_graphs:
-            self.sessions[name] = super()._load(name)
+            self.sessions[name] = self._session(name)
             self._note(name, reason)
         return self.sessions.get(name)
 

@@ -13,6 +13,7 @@ from math import prod
 import numpy as np
 import onnxruntime as ort
 import torch
+from step_graphs import ONNX
 
 from tests.kernels.operators import (
     FLOAT,
@@ -34,7 +35,6 @@ TYPES = {
     "float16": (10, torch.float16, 4e-3),
     "bfloat16": (16, torch.bfloat16, 3e-2),
 }
-ONNX = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16, torch.int64: 7}
 
 
 class Bound:
