@@ -121,33 +121,30 @@ struct Cuda {
 
 constexpr int WARP = 32;
 
-__device__ __forceinline__ float warp_sum(float x) {
+__device__ __forceinline__ float plus(float a, float b) { return a + b; }
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+
+template <float combined(float, float)>
+__device__ __forceinline__ float warp_reduced(float x) {
   UNROLL
-  for (int apart = WARP / 2; apart; apart /= 2) x += __shfl_xor_sync(~0u, x, apart);
+  for (int apart = WARP / 2; apart; apart /= 2) x = combined(x, __shfl_xor_sync(~0u, x, apart));
   return x;
 }
+__device__ __forceinline__ float warp_sum(float x) { return warp_reduced<plus>(x); }
 
-// Over a block of up to 1024 threads; every thread has the sum. `shared` has room for 32.
-__device__ __forceinline__ float block_sum(float x, float* shared) {
+// Over a block of up to 1024 threads; every thread has the result. `shared` has room for 32.
+template <float combined(float, float)>
+__device__ __forceinline__ float block_reduced(float x, float nothing, float* shared) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = (blockDim.x + WARP - 1) / WARP;
-  x = warp_sum(x);
-  __syncthreads();  // of an earlier sum
+  x = warp_reduced<combined>(x);
+  __syncthreads();  // of an earlier one
   if (lane == 0) shared[warp] = x;
   __syncthreads();
-  return warp_sum(lane < warps ? shared[lane] : 0.f);
+  return warp_reduced<combined>(lane < warps ? shared[lane] : nothing);
 }
-
+__device__ __forceinline__ float block_sum(float x, float* shared) { return block_reduced<plus>(x, 0.f, shared); }
 __device__ __forceinline__ float block_max(float x, float* shared) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = (blockDim.x + WARP - 1) / WARP;
-UNROLL
-  for (int apart = WARP / 2; apart; apart /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, apart));
-  __syncthreads();
-  if (lane == 0) shared[warp] = x;
-  __syncthreads();
-  x = lane < warps ? shared[lane] : -INFINITY;
-UNROLL
-  for (int apart = WARP / 2; apart; apart /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, apart));
-  return x;
+  return block_reduced<larger>(x, -INFINITY, shared);
 }
 
 // Weights are read once: they shall not push out of the cache what is read again.
