@@ -71,6 +71,8 @@ class OrtCpu(Backend):
         options.log_severity_level = 4  # errors come as exceptions; what it logs besides is no news to a user
         if threads:
             options.intra_op_num_threads = threads
+        if self.precision in QUANTIZED:  # signed weights, whose products x86 without VNNI adds in too few bits
+            options.add_session_config_entry("session.x64quantprecision", "1")
         disabled = None
         if shared:
             disabled = ["ConstantFolding"]
