@@ -1,11 +1,11 @@
 """Interleaved measurement of a bundle on several backends.
 
 Method: every backend first runs a few blocks on the same input, and its logits must agree with the first backend's
-within the bundle's own tolerance; a wrong answer gets no number. Then block by block each backend takes its turn, so
-that a change in the machine's speed meets all of them; at least M+1 blocks warm up and do not count. A sample is host
-latency: input ready to logits ready. Backends on a GPU also give the device's own time, by events: from the first copy
-to the last. Outputs are compared again at regular blocks while timing. Resident memory is read after every turn; its
-slope is a least-squares fit over the counted blocks of the whole process.
+within the bundle's own tolerance; a wrong answer gets no number. Then they take turns of a few blocks, so that a change
+in the machine's speed meets all of them; at least M+1 blocks warm up and do not count, nor does the first of a turn. A
+sample is host latency: input ready to logits ready. Backends on a GPU also give the device's own time, by events: from
+the first copy to the last. Outputs are compared again after every round of turns. Resident memory is read after every
+block; its slope is a least-squares fit over the counted blocks of the whole process.
 
 Then come, where asked for, blocks at a steady pace (``paced.py``), and last, on backends that can, blocks back to back,
 without a wait of the host in between: their rate is throughput, and no latency. The ceilings are measured when all
@@ -25,7 +25,6 @@ from famexport.bench.power import PowerMeter
 from famexport.bench.roofline import Ceilings, measure_limits
 from famexport.bench.tegrastats import Tegrastats
 from famexport.bench.turns import (
-    COMPARE_EVERY,
     Samples,
     Taken,
     Turns,
@@ -79,12 +78,11 @@ def bench(
         meter, stats = stack.enter_context(PowerMeter()), stack.enter_context(Tegrastats())
         taken: dict[str, list[Taken]] = {name: [] for name in turns.streams}
         size = bundle.contract.block_size
-        for i in range(bundle.contract.memory_segments + 2):
-            turns.take(turns.random(size), compare=True, at=f"block {i}")
-        for i in range(blocks):
-            for name, each in turns.take(turns.random(size), compare=i % COMPARE_EVERY == 0, at=f"block {i}").items():
-                taken[name].append(each)
-            say(i + 1, total)
+        turns.warm_up(size, bundle.contract.memory_segments + 2)
+        for in_turn in turns.rounds(size, blocks):
+            for name, steps in in_turn.items():
+                taken[name] += steps
+            say(len(taken[name]), total)
         paced: dict[str, Paced] = {}
         if paced_ms is not None:
             paced = run_paced(turns, blocks, paced_ms, lambda done: say(blocks + done, total))
@@ -108,6 +106,7 @@ def _back_to_back(turns: Turns, blocks: int) -> dict[str, float | None]:
     for _ in range(ROUNDS):
         fed = turns.random(turns.contract.block_size)
         for name, stream in turns.streams.items():
+            turns.settle()
             if (taken := stream.loop.back_to_back(fed, blocks)) is not None:
                 seconds[name].append(taken)
                 turns.one(name, fed)

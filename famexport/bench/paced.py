@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from famexport.bench.turns import COMPARE_EVERY, Turns
+from famexport.bench.turns import Turns
 from famexport.errors import UsageError
 from famexport.runtime.score import percentiles
 
 LONGEST_MS = 3_600_000.0
+TURN = 16  # blocks
 
 
 @dataclass
@@ -65,9 +66,10 @@ def run_paced(
         ParityError: backends disagree.
     """
     found = {name: Paced(period_ms) for name in turns.streams}
-    for done in range(0, blocks, COMPARE_EVERY):
-        fed = [turns.random(turns.contract.block_size) for _ in range(min(COMPARE_EVERY, blocks - done))]
+    for done in range(0, blocks, TURN):
+        fed = [turns.random(turns.contract.block_size) for _ in range(min(TURN, blocks - done))]
         for name, paced in found.items():
+            turns.settle()
             due = clock() + period_ms / 1e3
             for block in fed:
                 free = clock()

@@ -1,10 +1,11 @@
 """Measurement of token-by-token generation: time to the first token, time per token, and block boundaries apart.
 
-Method: every backend is fed the same random prompt and then the same random tokens, one at a time, each in its turn, so
-that a change in the machine's speed meets all of them. A sample is host latency: token in to logits out, as greedy
-generation would see it without the choice of the token. A *boundary* token completes a block: it also runs
-``commit_block``, one more pass over the weights, and its device time is the sum of both. Logits are compared at regular
-tokens; a wrong answer gets no number. The ceilings are measured when all backends have given back their memory.
+Method: every backend is fed the same random prompt and then the same random tokens, one at a time, in turns of a few
+tokens, so that a change in the machine's speed meets all of them; the first of a turn does not count, nor do those that
+complete the prompt's last block. A sample is host latency: token in to logits out, as greedy generation would see it
+without the choice of the token. A *boundary* token completes a block: it also runs ``commit_block``, one more pass over
+the weights, and its device time is the sum of both. Logits are compared after every round of turns; a wrong answer gets
+no number. The ceilings are measured when all backends have given back their memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from famexport.bench.power import PowerMeter
 from famexport.bench.roofline import Ceilings, measure_limits
 from famexport.bench.tegrastats import Tegrastats
 from famexport.bench.turns import (
-    COMPARE_EVERY,
     Samples,
     Turns,
     backend_names,
@@ -79,16 +79,17 @@ def bench_tokens(
             for name, seconds in _prompts(turns, prompt).items():
                 if i:  # the first touches what is touched for the first time
                     samples[name]["first"].append(seconds * 1e3)
-        for i in range(tokens):
-            kind = "boundary" if next(iter(turns.streams.values())).room == 1 else "token"
-            taken = turns.take(turns.random(1), compare=not i % COMPARE_EVERY, at=f"token {i}")
-            for name, each in taken.items():
-                samples[name][kind].append(each.seconds * 1e3)
-                memory[name].append(each.rss_bytes)
-                if each.device_ms is not None:
-                    samples[name].setdefault(f"{kind}_device", []).append(each.device_ms)
+        turns.warm_up(1, next(iter(turns.streams.values())).room)
+        for in_turn in turns.rounds(1, tokens):
+            for name, steps in in_turn.items():
+                for each in steps:
+                    kind = "boundary" if each.ends_block else "token"
+                    samples[name][kind].append(each.seconds * 1e3)
+                    memory[name].append(each.rss_bytes)
+                    if each.device_ms is not None:
+                        samples[name].setdefault(f"{kind}_device", []).append(each.device_ms)
             if progress:
-                progress(i + 1, tokens)
+                progress(len(memory[name]), tokens)
     ceilings, gpu = measure_limits(set(turns.devices.values()), PRECISION_DTYPE[bundle.manifest.precision])
     results = []
     for name in samples:
@@ -104,6 +105,7 @@ def _prompts(turns: Turns, length: int) -> dict[str, float]:
     fed, taken = turns.random(length), {}
     for name, stream in turns.streams.items():
         stream.reset()
+        turns.settle()
         start = time.perf_counter()
         for _ in stream.feed([fed]):
             pass

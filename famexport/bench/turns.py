@@ -19,19 +19,21 @@ from famexport.runtime.process import device_facts, rss_bytes, versions
 from famexport.runtime.session import load
 from famexport.runtime.stream import Stream
 
-COMPARE_EVERY = 16
+ROUND = 8  # counted steps of one backend in a row
+_SETTLE_S = 0.25  # at most
 _TRACE = 64  # points of the memory's course in a report
 
 Samples = dict[str, dict[str, list[float]]]  # ms, by backend and kind
 
 
 class Taken(NamedTuple):
-    """What one turn took: seconds on the host, resident bytes after it, and ms on the device, None where that is not
-    timed."""
+    """What one step took: seconds on the host, resident bytes after it, and ms on the device, None where that is not
+    timed; and whether it ended a block."""
 
     seconds: float
     rss_bytes: int
     device_ms: float | None
+    ends_block: bool
 
 
 def backend_names(backends: Sequence[str]) -> list[str]:
@@ -68,28 +70,62 @@ class Turns:
         return random_input(self.contract, self.batch, positions, self._rng)
 
     def one(self, name: str, fed: np.ndarray) -> Taken:
-        """The turn of one backend. Device time is the sum over its calls: a token that completes a block is two."""
+        """One step of one backend. Device time is the sum over its calls: a token that completes a block is two."""
         stream, whole = self.streams[name], fed.shape[1] == self.contract.block_size
-        loop, before = stream.loop, stream.loop.device_total_ms
+        loop, before, ends = stream.loop, stream.loop.device_total_ms, fed.shape[1] >= stream.room
         start = time.perf_counter()
         self._given[name] = (stream.step if whole else stream.add)(fed, self._outs[name])
         seconds = time.perf_counter() - start
         device_ms = None if loop.device_ms is None else loop.device_total_ms - before
-        return Taken(seconds, rss_bytes(), device_ms)
+        return Taken(seconds, rss_bytes(), device_ms, ends)
 
-    def take(self, fed: np.ndarray, *, compare: bool, at: str) -> dict[str, Taken]:
-        """Every backend's turn on ``fed``.
+    def warm_up(self, positions: int, count: int) -> None:
+        """``count`` steps of every backend that do not count, each compared.
 
         Raises:
-            ParityError: with ``compare``, where two backends disagree.
+            ParityError: two backends disagree.
         """
-        taken = {name: self.one(name, fed) for name in self.streams}
-        if compare:
-            self.compare(at)
-        return taken
+        for i in range(count):
+            fed = self.random(positions)
+            for name in self.streams:
+                self.one(name, fed)
+            self.compare(f"warm-up step {i}")
+
+    def rounds(self, positions: int, count: int) -> Iterator[dict[str, list[Taken]]]:
+        """``count`` counted steps of every backend, in rounds: some steps of one, the same of the next.
+
+        Among several, a backend's first step of a round does not count: it starts when nothing of the one before runs
+        any more, and loads the caches with its own weights, as they are while a stream runs.
+
+        Raises:
+            ParityError: two backends disagree at the end of a round.
+        """
+        lead = int(len(self.streams) > 1)
+        for done in range(0, count, ROUND):
+            size = min(ROUND, count - done)
+            given = [self.random(positions) for _ in range(lead + size)]
+            taken = {}
+            for name in self.streams:
+                self.settle()
+                taken[name] = [self.one(name, fed) for fed in given][lead:]
+            self.compare(f"counted step {done + size - 1}")
+            yield taken
+
+    def settle(self) -> None:
+        """Wait until no thread of this process runs, where there are several backends.
+
+        The workers of one spin for some milliseconds after its last step, and on a machine of few cores take the time
+        of the next one's: on two, blocks of onnxruntime took 1.6 times as long right after torch's.
+        """
+        end = time.perf_counter() + _SETTLE_S
+        while len(self.streams) > 1 and time.perf_counter() < end:
+            before = time.process_time()
+            time.sleep(2e-3)
+            if time.process_time() - before < 5e-4:
+                return
 
     def compare(self, at: str) -> None:
-        """Compare the logits of every backend's last turn.
+        """Compare the logits of every backend's last step.
 
         Raises:
             ParityError: two disagree.

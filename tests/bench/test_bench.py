@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from famexport.bench import roofline
-from famexport.bench.measure import bench
+from famexport.bench.measure import ROUNDS, bench
 from famexport.bench.roofline import Ceilings
 from famexport.bundle import open_bundle
 from famexport.errors import BundleError, NonFiniteError, ParityError, UsageError
@@ -72,7 +72,7 @@ def test_report(bundles: Bundles, name: str) -> None:
     assert {"numpy", "onnxruntime", "torch"} <= set(report["versions"])
     assert shape(report["results"]) == [RESULT, RESULT]
     assert [result["backend"] for result in report["results"]] == list(samples) == backends
-    assert seen == [(i + 1, 20) for i in range(20)]
+    assert seen == [(8, 20), (16, 20), (20, 20)]  # by rounds
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     for result in report["results"]:
         assert set(samples[result["backend"]]) == {"latency"}
@@ -128,7 +128,7 @@ advance = OrtLoop.advance
 def test_backends_that_disagree_get_no_number(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch, name: str, from_block: int, wrong: str
 ) -> None:
-    """Also where they did agree at first: outputs are compared again while timing (block 9 of all is timed)."""
+    """Also where they did agree at first: outputs are compared again after each round (block 9 of all is timed)."""
     blocks = 0
 
     def sabotaged(self: Any, fed: np.ndarray, out: np.ndarray) -> None:
@@ -150,7 +150,7 @@ def test_backends_that_disagree_get_no_number(
     for backends in (["ort-cpu", "torch"], ["torch", "ort-cpu"]):
         blocks = 0
         first, second = backends
-        says = rf"{second} and {first} disagree at block \d+ by .* \(relative\), allowed is .*; a wrong answer gets no"
+        says = rf"{second} and {first} disagree at (warm-up|counted) step \d+ by .* \(relative\), allowed is .*; a wrong answer gets no"
         if wrong == "nan":  # the stream itself refuses it
             with pytest.raises(NonFiniteError, match="NaN or infinity in row 0"):
                 bench(bundles(name), backends, blocks=40, threads=1)
@@ -164,7 +164,9 @@ def test_backends_that_disagree_get_no_number(
 
 
 def test_backends_take_turns(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block on the same input, so that a change in the machine's speed meets all of them."""
+    """On the same input, so that a change in the machine's speed meets all of them, and with nothing of the one before
+    still running: on few cores, the workers of one that spin for work take the time of the next."""
+    from famexport.bench.turns import Turns
     from famexport.runtime.stream import Stream
 
     calls: list[tuple[str, bytes]] = []
@@ -175,12 +177,47 @@ def test_backends_take_turns(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) 
         return step(self, inputs, out)
 
     monkeypatch.setattr(Stream, "step", noted)
-    _, samples = bench(bundles("plain"), ["ort-cpu", "torch"], blocks=6, threads=1)
-    assert [name for name, _ in calls[:4]] == ["OrtLoop", "TorchLoop", "OrtLoop", "TorchLoop"]
-    assert [fed for _, fed in calls[::2]] == [fed for _, fed in calls[1::2]]
-    assert len({fed for _, fed in calls}) == len(calls) // 2
-    uncounted = len(calls) // 2 - len(samples["torch"]["latency"])
-    assert uncounted >= open_bundle(bundles("plain")).contract.memory_segments + 1
+    monkeypatch.setattr(Turns, "settle", lambda self: calls.append(("settled", b"")))
+    _, samples = bench(bundles("plain"), ["ort-cpu", "torch"], blocks=11, threads=1)
+    warm_up = open_bundle(bundles("plain")).contract.memory_segments + 2
+    rounds = [
+        *("settled", *["OrtLoop"] * 9, "settled", *["TorchLoop"] * 9),  # 8, and one that does not count
+        *("settled", *["OrtLoop"] * 4, "settled", *["TorchLoop"] * 4),
+    ]
+    assert [name for name, _ in calls] == ["OrtLoop", "TorchLoop"] * warm_up + rounds + ["settled"] * 2 * ROUNDS
+    mine, theirs = ([fed for name, fed in calls if name == loop] for loop in ("OrtLoop", "TorchLoop"))
+    assert mine == theirs
+    assert len(set(mine)) == len(mine) == warm_up + 13
+    assert len(samples["ort-cpu"]["latency"]) == len(samples["torch"]["latency"]) == 11
+
+
+def test_a_turn_begins_when_nothing_runs(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that spins for 50 ms is waited for, one that never stops is not; alone there is nothing to wait for."""
+    import threading
+    import time
+
+    from famexport.bench.turns import opened_turns
+
+    def spin(seconds: float) -> threading.Thread:
+        end = time.perf_counter() + seconds
+        thread = threading.Thread(target=lambda: all(time.perf_counter() < end for _ in iter(int, 1)))
+        thread.start()
+        return thread
+
+    bundle = open_bundle(bundles("plain"))
+    for names, seconds, least in (
+        (["ort-cpu", "torch"], 0.05, 0.05),
+        (["ort-cpu"], 2, 0),
+        (["ort-cpu", "torch"], 2, 0),
+    ):
+        with opened_turns(bundle, names, 1, 0) as turns:
+            turns.settle()
+            start, thread = time.perf_counter(), spin(seconds)
+            turns.settle()
+            took, running = time.perf_counter() - start, thread.is_alive()
+            thread.join()
+            assert least <= took < 1.5
+            assert running == (seconds == 2)
 
 
 def test_the_floor_is_the_larger_of_two_times() -> None:

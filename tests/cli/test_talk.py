@@ -193,7 +193,7 @@ def test_bench_token(famexport: Command, bundles: Bundles, tmp_path: Path) -> No
     raw = json.loads(samples.read_text())
     for result in report["results"]:
         mine = raw[result["backend"]]
-        # a prompt of 11 leaves 3 of 8 in the open block, so tokens 5 and 13 of 20 complete one
+        # the first of each turn of 9, 9 and 5 does not count; tokens 8 and 16 of the 23 complete a block
         assert [len(mine[kind]) for kind in ("first", "token", "boundary")] == [5, 18, 2]
         assert result["tokens"] == 20
         assert result["boundary_tokens"] == 2
@@ -217,7 +217,7 @@ def test_bench_token_refuses_a_wrong_answer(
 
     monkeypatch.setattr(TorchLoop, "append", wrong)
     famexport("bench", bundles("all"), "--mode", "token", "--backend", "ort-cpu", "--backend", "torch", code=6)
-    assert "disagree at token 0" in famexport.err
+    assert "disagree at warm-up step 0" in famexport.err
 
 
 def test_chunk_needs_append_step(famexport: Command, tmp_path: Path, checkpoints: Callable[[str], Path]) -> None:
