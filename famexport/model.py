@@ -44,43 +44,43 @@ class Layer(nn.Module):
         memory: tuple[Tensor, Tensor] | None,
         rope: Rope,
         mask: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """One block through one layer (Algorithm 2); columns in the order [past blocks; FAM; tokens].
+    ) -> tuple[Tensor, Tensor | None, KV | None]:
+        """One block through one layer (Algorithm 2): rows [FAM; tokens] attend to columns [FAM; past blocks; tokens].
+
+        Past blocks lie between, so that keys are rotated in one piece, and what is kept is the end of that piece.
 
         Args:
             x: token rows [b, T, D], float32.
             fam: F_{tau-1} of this layer [b, F, D], or None where F = 0.
             residual: ``fam``, but zeros in a stream's first block.
             memory: keys and values of the past M blocks, each [b, Hkv, M*T, Dh], not rotated; None where M = 0.
-            mask: what a token row may see, bool [b, 1, T, M*T+F+T].
+            mask: what each row may see, bool [b, 1, F+T, F+M*T+T].
         Returns:
-            token rows, F_tau, and the block's keys and values [b, Hkv, T, Dh], not rotated.
+            token rows, F_tau, and the new ``memory``.
         """
         attn, f = self.self_attn, 0 if fam is None else fam.shape[1]
         rows = x if fam is None else torch.cat([fam, x], 1)
         q, k, v = attn.qkv(self.input_layernorm(rows))
-        q, own = rotate(q, rope.query), rotate(k, rope.key)
-        keys, values = own, v
         if memory is not None:
-            keys = torch.cat([rotate(memory[0], rope.memory), own], 2)
-            values = torch.cat([memory[1], v], 2)
-        heads = attend(q[:, :, f:], keys, values, mask)
-        if fam is not None and residual is not None:
-            heads = torch.cat([attend(q[:, :, :f], own, v), heads], 2)  # FAM sees F_{tau-1} and the whole block
+            past = memory[0].shape[2]
+            k, v = (_columns(own[:, :, :f], old, own[:, :, f:]) for old, own in zip(memory, (k, v), strict=True))
+            memory = k[:, :, -past:], v[:, :, -past:]
+        heads = attend(rotate(q, rope.query), rotate(k, rope.column), v, mask)
+        if residual is not None:
             rows = torch.cat([residual, x], 1)
         rows = self._finish(rows, heads)
-        return rows[:, f:], None if fam is None else rows[:, :f], k[:, :, f:], v[:, :, f:]
+        return rows[:, f:], None if fam is None else rows[:, :f], memory
 
     def append(
         self, x: Tensor, fam: Tensor | None, memory: KV | None, opened: KV, place: Place, rope: Rope, mask: Tensor
     ) -> tuple[Tensor, KV]:
-        """The token rows of ``forward`` for some tokens of an open block; columns [past blocks; FAM; open block].
+        """The token rows of ``forward`` for some tokens of an open block; columns [FAM; past blocks; open block].
 
         Args:
             x: token rows [b, c, D], float32.
             opened: the open block's keys and values, each [b, Hkv, T, Dh].
             place: where the tokens stand in the open block.
-            mask: what they may see, bool [b, 1, c, M*T+F+T].
+            mask: what they may see, bool [b, 1, c, F+M*T+T].
         Returns:
             token rows, and the open block's keys and values with those of ``x``.
         """
@@ -88,25 +88,28 @@ class Layer(nn.Module):
         normed = self.input_layernorm(x if fam is None else torch.cat([fam, x], 1))
         k, v = attn.kv(normed)
         opened = place.write(opened[0], k[:, :, f:]), place.write(opened[1], v[:, :, f:])
-        keys, values = [rotate(opened[0], rope.token)], [opened[1]]
-        if fam is not None:
-            keys, values = [rotate(k[:, :, :f], rope.prompt), *keys], [v[:, :, :f], *values]
-        if memory is not None:
-            keys, values = [rotate(memory[0], rope.memory), *keys], [memory[1], *values]
+        past = (k[:, :, :0], v[:, :, :0]) if memory is None else memory
+        keys, values = (_columns(own[:, :, :f], old, now) for own, old, now in zip((k, v), past, opened, strict=True))
         q = rotate(attn.q(normed[:, f:]), place.rotary)
-        return self._finish(x, attend(q, torch.cat(keys, 2), torch.cat(values, 2), mask)), opened
+        return self._finish(x, attend(q, rotate(keys, rope.column), values, mask)), opened
 
     def commit(self, fam: Tensor, residual: Tensor, opened: KV, rope: Rope) -> Tensor:
         """The FAM rows of ``forward`` over a full open block: F_tau [b, F, D]."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(fam))
-        keys = torch.cat([rotate(k, rope.prompt), rotate(opened[0], rope.token)], 2)
-        return self._finish(residual, attend(rotate(q, rope.fam_query), keys, torch.cat([v, opened[1]], 2)))
+        keys, values = _columns(k, opened[0]), _columns(v, opened[1])
+        return self._finish(residual, attend(rotate(q, rope.fam_query), rotate(keys, rope.key), values))
 
     def _finish(self, rows: Tensor, heads: Tensor) -> Tensor:
         """What follows attention: residuals, output projection, feed-forward."""
         rows = rows + self.self_attn.out(heads)
         finished: Tensor = rows + self.mlp(self.post_attention_layernorm(rows))
         return finished
+
+
+def _columns(*parts: Tensor) -> Tensor:
+    """Keys or values side by side, without those that the model does not have: an empty one is still an operator."""
+    parts = tuple(part for part in parts if part.shape[2])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 class Place:
@@ -195,15 +198,14 @@ class FamModel(nn.Module):
             logits float32 [b, T, 1 or n, V] and the new state, under the same ``past_*`` names.
         """
         c, count = self.config, state["past_count"]
-        x, mask = self._embed(inputs), self._token_mask(count)
+        x, mask = self._embed(inputs), self._mask(count)
         new: State = {"past_count": self._next_count(count)}
         for i, (layer, (fam, residual, memory)) in enumerate(zip(self.model.layers, self._past(state), strict=True)):
-            x, fam, k, v = layer(x, fam, residual, memory, self.rope, mask)
+            x, fam, memory = layer(x, fam, residual, memory, self.rope, mask)
             if fam is not None:
                 new[f"past_fam_{i:02d}"] = fam.to(state[f"past_fam_{i:02d}"].dtype)
             if memory is not None:
-                new[f"past_key_{i:02d}"] = torch.cat([memory[0][:, :, c.block_size :], k], 2)
-                new[f"past_value_{i:02d}"] = torch.cat([memory[1][:, :, c.block_size :], v], 2)
+                new[f"past_key_{i:02d}"], new[f"past_value_{i:02d}"] = memory
         if isinstance(logits, Tensor):
             x = x.gather(1, logits[..., None].expand(-1, -1, c.hidden_size))
         elif logits == "last":
@@ -283,16 +285,22 @@ class FamModel(nn.Module):
         x = self.model.norm(x)
         return (F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)).float()
 
-    def _token_mask(self, count: Tensor) -> Tensor:
-        """What a token row of a block sees, bool [b, 1, T, M*T+F+T]."""
-        t = self.config.block_size
-        own = torch.ones(t, t, dtype=torch.bool, device=count.device).tril()
-        return self._columns(count, own.expand(count.shape[0], t, t))
+    def _mask(self, count: Tensor) -> Tensor:
+        """What a row of a block sees, bool [b, 1, F+T, F+M*T+T]: a token what came before it, FAM itself and the whole
+        block."""
+        c, t, device = self.config, self.config.block_size, count.device
+        own = torch.ones(t, t, dtype=torch.bool, device=device).tril()
+        tokens = self._columns(count, own.expand(count.shape[0], t, t))
+        if not c.fam_length:
+            return tokens
+        columns = torch.arange(tokens.shape[-1], device=device)
+        fam = (columns < c.fam_length) | (columns >= tokens.shape[-1] - t)
+        return torch.cat([fam.expand(count.shape[0], 1, c.fam_length, -1), tokens], 2)
 
     def _columns(self, count: Tensor, own: Tensor) -> Tensor:
-        """Filled memory slots, all of FAM, and ``own`` [b, n, T] of the block: bool [b, 1, n, M*T+F+T]."""
+        """All of FAM, filled memory slots, and ``own`` [b, n, T] of the block: bool [b, 1, n, F+M*T+T]."""
         c, (b, n, t) = self.config, own.shape
         slots = torch.arange(c.memory_segments * t, device=count.device)
         filled = slots >= (c.memory_segments - count)[:, None] * t  # the oldest slots stay empty longest
-        seen = [filled[:, None].expand(b, n, -1), own.new_ones(b, n, c.fam_length), own]
+        seen = [own.new_ones(b, n, c.fam_length), filled[:, None].expand(b, n, -1), own]
         return torch.cat([columns for columns in seen if columns.shape[-1]], 2)[:, None]

@@ -36,9 +36,9 @@ class Rope(nn.Module):
         return self._table("key")
 
     @property
-    def memory(self) -> Rotary:
-        """Keys of past blocks."""
-        return self._table("memory")
+    def column(self) -> Rotary:
+        """Keys of a step: [FAM; past blocks; tokens]."""
+        return self._table("column")
 
     @property
     def prompt(self) -> Rotary:
@@ -79,7 +79,7 @@ def rotary_tables(config: FamConfig) -> dict[str, Rotary]:
         "fam_query": fam_query,
         "key": torch.cat([before, tokens]),
         "token": tokens,
-        "memory": torch.arange(-c.memory_segments * t, 0),
+        "column": torch.cat([before, torch.arange(-c.memory_segments * t, t)]),
         "prompt": before,
     }
     inverse = inverse_frequencies(config)

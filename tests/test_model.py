@@ -243,7 +243,7 @@ def test_random_weights_make_attention_uneven() -> None:
 # The specification's list, "What a correct implementation shows"
 
 
-def single_attention_layer(
+def two_attentions_layer(
     self: Layer,
     x: Tensor,
     fam: Tensor,
@@ -251,31 +251,33 @@ def single_attention_layer(
     memory: tuple[Tensor, Tensor],
     rope: Any,
     mask: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A layer as one attention: rows [FAM; tokens], columns [past blocks; FAM; tokens]."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """A layer as the specification has it: tokens attend to [past blocks; FAM; tokens], FAM to [FAM; tokens], unmasked.
+
+    Of ``mask`` only the filled slots are taken."""
     b, f, size = *fam.shape[:2], x.shape[1]
     q, k, v = self.self_attn.qkv(self.input_layernorm(torch.cat([fam, x], 1)))
     past = memory[0].shape[2]
-    keys = torch.cat([model_module.rotate(memory[0], rope.memory), model_module.rotate(k, rope.key)], 2)
-    fam_rows = torch.cat([torch.zeros(f, past), torch.ones(f, f + size)], 1).bool().expand(b, 1, f, -1)
-    filled = mask[:, :, :, :past]
+    memory_table = [half[f : f + past] for half in rope.column]
+    q, own = model_module.rotate(q, rope.query), model_module.rotate(k, rope.key)
+    keys = torch.cat([model_module.rotate(memory[0], memory_table), own], 2)
+    filled = mask[:, :, f:, f : f + past]
     triangle = torch.cat([torch.ones(size, f), torch.ones(size, size).tril()], 1).bool().expand(b, 1, size, -1)
-    one_mask = torch.cat([fam_rows, torch.cat([filled, triangle], 3)], 2)
-    values = torch.cat([memory[1], v], 2)
-    rows = torch.cat([residual, x], 1) + self.self_attn.out(
-        model_module.attend(model_module.rotate(q, rope.query), keys, values, one_mask)
-    )
+    heads = model_module.attend(q[:, :, f:], keys, torch.cat([memory[1], v], 2), torch.cat([filled, triangle], 3))
+    heads = torch.cat([model_module.attend(q[:, :, :f], own, v), heads], 2)
+    rows = torch.cat([residual, x], 1) + self.self_attn.out(heads)
     rows = rows + self.mlp(self.post_attention_layernorm(rows))
-    return rows[:, f:], rows[:, :f], k[:, :, f:], v[:, :, f:]
+    kept = [torch.cat([old[:, :, size:], new[:, :, f:]], 2) for old, new in zip(memory, (k, v), strict=True)]
+    return rows[:, f:], rows[:, :f], (kept[0], kept[1])
 
 
 @pytest.mark.parametrize("name", ["base", "mqa", "query_previous", "fam_fills_block"])
-def test_point_1_two_attentions_equal_one_with_a_mask(exact: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_point_1_one_attention_with_a_mask_equals_two(exact: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model = build(corner(name))
     blocks = random_tokens(model.config, 5, batch=2)
-    two, two_state = stream(model, blocks)
-    monkeypatch.setattr(Layer, "forward", single_attention_layer)
     one, one_state = stream(model, blocks)
+    monkeypatch.setattr(Layer, "forward", two_attentions_layer)
+    two, two_state = stream(model, blocks)
     assert gap(two, one) < 1e-12
     assert all(gap(two_state[key], one_state[key]) < 1e-12 for key in two_state)
 
@@ -602,34 +604,19 @@ def test_the_config_counts_the_weights(name: str) -> None:
 # These tests can fail: wrong models, and what the comparison with the literal makes of them
 
 
-def is_fam_attention(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
-    return mask is None and k.shape[2] > q.shape[2]
+def of_fam_rows(change: Callable[[Tensor], Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
+    """A wrong mask for FAM's rows: ``change`` is given what they see, [b, 1, F, F+M*T+T]."""
 
+    def sabotage(patch: pytest.MonkeyPatch) -> None:
+        plain, f = FamModel._mask, BASE.fam_length
 
-def fam_sees_past_blocks(patch: pytest.MonkeyPatch) -> None:
-    plain = model_module.attend
-    of_tokens: list[Tensor] = []
+        def mask(self: FamModel, count: Tensor) -> Tensor:
+            right = plain(self, count)
+            return torch.cat([change(right[:, :, :f]), right[:, :, f:]], 2)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is not None:
-            of_tokens[:] = [k, v]
-        elif is_fam_attention(q, k, mask):
-            k, v = of_tokens
-        return plain(q, k, v, mask)
+        patch.setattr(FamModel, "_mask", mask)
 
-    patch.setattr(model_module, "attend", attend)
-
-
-def fam_is_causal(patch: pytest.MonkeyPatch) -> None:
-    plain = model_module.attend
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if is_fam_attention(q, k, mask):
-            rows, columns = q.shape[2], k.shape[2]
-            mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
-        return plain(q, k, v, mask)
-
-    patch.setattr(model_module, "attend", attend)
+    return sabotage
 
 
 def first_residual_is_kept(patch: pytest.MonkeyPatch) -> None:
@@ -664,12 +651,12 @@ def off_by_one(table: str, rows: slice) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 SABOTAGE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "fam_sees_past_blocks": fam_sees_past_blocks,
-    "fam_is_causal": fam_is_causal,
+    "fam_sees_past_blocks": of_fam_rows(torch.ones_like),
+    "fam_is_causal": of_fam_rows(lambda seen: seen & seen.new_ones(seen.shape).tril(seen.shape[-1] - seen.shape[-2])),
     "first_residual_is_kept": first_residual_is_kept,
     "feed_forward_skips_fam": feed_forward_skips_fam,
-    "memory_keys_off_by_one": off_by_one("memory", slice(None)),
-    "fam_keys_off_by_one": off_by_one("key", slice(BASE.fam_length)),
+    "memory_keys_off_by_one": off_by_one("column", slice(BASE.fam_length, -BASE.block_size)),
+    "fam_keys_off_by_one": off_by_one("column", slice(BASE.fam_length)),
     "fam_queries_off_by_one": off_by_one("query", slice(BASE.fam_length)),
 }
 

@@ -308,9 +308,9 @@ def fam_reads_past_blocks(patch: pytest.MonkeyPatch) -> None:
 
     def commit(self: Layer, fam: Tensor, residual: Tensor, opened: Any, rope: Rope) -> Tensor:
         q, k, v = self.self_attn.qkv(self.input_layernorm(fam))
-        keys = [rotate(seen[0][0], rope.memory), rotate(k, rope.prompt), rotate(opened[0], rope.token)]
-        values = torch.cat([seen[0][1], v, opened[1]], 2)
-        return self._finish(residual, model_module.attend(rotate(q, rope.fam_query), torch.cat(keys, 2), values))
+        keys, values = torch.cat([k, seen[0][0], opened[0]], 2), torch.cat([v, seen[0][1], opened[1]], 2)
+        keys = rotate(keys, rope.column)
+        return self._finish(residual, model_module.attend(rotate(q, rope.fam_query), keys, values))
 
     patch.setattr(FamModel, "_past", past)
     patch.setattr(Layer, "commit", commit)

@@ -114,9 +114,10 @@ class Step:
         c = self.c
         tables = {name: [t.numpy() for t in pair] for name, pair in rotary_tables(c).items()}
         gap = np.zeros((c.fam_length, c.head_dim // 2), np.float32)
+        past = [half[c.fam_length : -c.block_size] for half in tables["column"]]
         slots = [
             [part for block in np.split(half, c.memory_segments) for part in (gap, block)] if c.memory_segments else []
-            for half in tables["memory"]
+            for half in past
         ]
         tables["columns"] = [np.concatenate([*past, own]) for past, own in zip(slots, tables["key"], strict=True)]
         if wanted:

@@ -268,11 +268,11 @@ def test_the_wrong_attention_scale(site: Site, monkeypatch: pytest.MonkeyPatch) 
 
 def test_all_of_memory_visible_from_the_start(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask that hides unfilled memory is missing in the graph alone; it matters in a stream's first M blocks."""
-    right = FamModel._token_mask
+    right = FamModel._mask
 
     def trace_step(*args: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(FamModel, "_token_mask", lambda self, count: right(self, count + 99))
+            patch.setattr(FamModel, "_mask", lambda self, count: right(self, count + 99))
             return trace.trace_step(*args, **options)
 
     monkeypatch.setattr(pipeline, "trace_step", trace_step)
