@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from famexport.export.cuda_net import MS, Step
+from famexport.export.cuda_net import Step
+from famexport.export.passes import MS
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import onnx_ir as ir
 from famexport.config import FamConfig
 from famexport.export.cuda_fused import DOMAIN, Fused, takes_norms
 from famexport.export.net import Net
+from famexport.export.passes import MS
 from famexport.rotary import rotary_tables
 
 OPSET = 20
 HIDDEN = -60000.0  # added to the score of what a row does not see; fits every dtype
-MS = "com.microsoft"
 _TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 

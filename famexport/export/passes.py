@@ -14,6 +14,8 @@ from famexport.contract import GRAPH_KEY, METADATA_KEY, StepContract
 from famexport.errors import ContractError, FamExportError, raise_problems
 from famexport.tensorfile import TensorEntry
 
+MS = "com.microsoft"  # operators of ONNX Runtime's own
+_FIRST_ROW = "rotary.first_row"
 CONTROL_FLOW = ("If", "Loop", "Scan")
 _FOLD_LIMIT = 2**16  # bytes of input that constant folding may read: masks and indices, never weights
 _MERGE_LIMIT = 2**10  # elements
@@ -185,6 +187,54 @@ def emulate_bfloat16(model: ir.Model) -> None:
     for node in graph:
         if emulated(node) and any(v is not None and v.dtype == bf16 for v in (*node.inputs, *node.outputs)):
             raise FamExportError(f"bfloat16 emulation left {node.op_type} {node.name} in bfloat16")
+
+
+def fuse_rotary(model: ir.Model) -> int:
+    """Make one operator of each rotary embedding by a constant table: ONNX Runtime's ``RotaryEmbedding``.
+
+    Requires: a value [b, heads, n, Dh] split in halves, turned as ``rotary.rotate`` does, its tables initialisers
+    [n, Dh/2]. Tables that depend on the input stay as they are.
+    Returns:
+        how many were fused.
+    """
+    graph, fused = model.graph, 0
+    for node in list(graph):
+        found = _rotary(node)
+        if found is None:
+            continue
+        x, table = found
+        if (first := graph.initializers.get(_FIRST_ROW)) is None:
+            first = ir.Value(name=_FIRST_ROW, const_value=ir.tensor(np.zeros(1, np.int64), name=_FIRST_ROW))
+            graph.register_initializer(first)
+        old, new = node.outputs[0], ir.node("RotaryEmbedding", [x, first, *table], domain=MS)
+        graph.insert_before(node, new)
+        rotated, name = new.outputs[0], old.name
+        rotated.shape, rotated.type = old.shape, old.type
+        old.replace_all_uses_with(rotated, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        rotated.name, new.name, fused = name, f"node_{name}", fused + 1
+    if fused:
+        common.RemoveUnusedNodesPass()(model)
+        model.opset_imports[MS] = 1
+    return fused
+
+
+def _rotary(node: ir.Node) -> tuple[ir.Value, tuple[ir.Value, ir.Value]] | None:
+    """What a Concat turns, and by which cos and sin: [a * cos - b * sin, b * cos + a * sin]."""
+    ends = [value.producer() for value in node.inputs if value is not None] if node.op_type == "Concat" else []
+    if [end and end.op_type for end in ends] != ["Sub", "Add"]:
+        return None
+    products = [value.producer() for end in ends if end for value in end.inputs if value is not None]
+    if any(product is None or product.op_type != "Mul" for product in products):
+        return None
+    (a, cos), (b, sin), second, third = (product.inputs for product in products if product)
+    split = a.producer() if a is not None else None
+    if split is None or split.op_type != "Split" or list(split.outputs) != [a, b] or cos is None or sin is None:
+        return None
+    if tuple(second) != (b, cos) or tuple(third) != (a, sin) or not (cos.is_initializer() and sin.is_initializer()):
+        return None
+    x = split.inputs[0]
+    return None if x is None or x.shape is None or len(x.shape) != 4 else (x, (cos, sin))
 
 
 def infer_types(model: ir.Model) -> None:

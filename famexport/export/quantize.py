@@ -30,10 +30,10 @@ import onnx_ir as ir
 
 from famexport.checkpoint import EMBED_WEIGHT
 from famexport.errors import FamExportError, NumericError
+from famexport.export.passes import MS, fuse_rotary
 from famexport.export.source import Source
 from famexport.tensorfile import TensorEntry
 
-DOMAIN, DOMAIN_VERSION = "com.microsoft", 1
 HEADS = ("lm_head.weight", EMBED_WEIGHT)  # int8 also where the rest is int4: with 4 bits the loss grew more
 INT4_BLOCK = 32  # weights that share a scale
 INT8_LIMIT, MIDDLE = 127, 128  # rows: 1 to 255 stand for -127 to 127
@@ -51,7 +51,7 @@ class _Part:
 
 
 def quantize(what: Source, models: Iterable[ir.Model], precision: str) -> Source:
-    """Make every product with a weight an integer product, in all graphs.
+    """Make every product with a weight an integer product, in all graphs, and of each rotary embedding one operator.
 
     Returns:
         the source with the quantised weights beside its own; each graph names those that it reads.
@@ -60,6 +60,7 @@ def quantize(what: Source, models: Iterable[ir.Model], precision: str) -> Source
     """
     parts: dict[str, _Part] = {}
     for model in models:
+        fuse_rotary(model)
         for part in quantize_products(model, what.weights, precision):
             parts[part.entry.name] = part
 
@@ -94,7 +95,7 @@ def quantize_products(model: ir.Model, weights: Mapping[str, TensorEntry], preci
             graph.remove(node, safe=True)
     for name in [n for n, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
         del graph.initializers[name]
-    model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    model.opset_imports[MS] = 1
     for node in graph:
         if node.op_type in ("MatMul", "Gemm") and any(_origin(v, graph) in weights for v in node.inputs):
             raise FamExportError(f"the product {node.name} was not quantised; export with --precision fp32")
@@ -150,7 +151,7 @@ class _Products:
             ]
             attributes = {"K": k, "N": n, "bits": 4, "block_size": INT4_BLOCK, "accuracy_level": 4}
             inputs = [x, *(self._initializer(e) for e in entries)]
-            product = self._add(node, out, "MatMulNBits", inputs, domain=DOMAIN, attributes=attributes)
+            product = self._add(node, out, "MatMulNBits", inputs, domain=MS, attributes=attributes)
         product.shape, product.type = out.shape, out.type
         replaced = out.name
         out.replace_all_uses_with(product, replace_graph_outputs=True)
@@ -162,7 +163,7 @@ class _Products:
         rows, scale, zero, single = self._quantized_rows(node, x)
         one = scale if single else self._constant("one", np.float32(1))
         inputs = [rows, weight[0], one, weight[1], zero]
-        product = self._add(node, node.outputs[0], "MatMulIntegerToFloat", inputs, domain=DOMAIN)
+        product = self._add(node, node.outputs[0], "MatMulIntegerToFloat", inputs, domain=MS)
         return product if single else self._add(node, node.outputs[0], "Mul", [product, scale])
 
     def _quantized_rows(self, before: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, bool]:

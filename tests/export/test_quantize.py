@@ -13,7 +13,8 @@ import famexport as fx
 from famexport.config import FamConfig, preset
 from famexport.errors import IncompatibleError, NumericError, ParityError, UsageError
 from famexport.export import quantize as quantize_module
-from famexport.export.quantize import DOMAIN, HEADS, INT4_BLOCK
+from famexport.export.passes import MS
+from famexport.export.quantize import HEADS, INT4_BLOCK
 from famexport.tensorfile import read_header
 from tests.conftest import tiny_tokenizer
 
@@ -70,11 +71,11 @@ def test_all_graphs_share_one_quantised_copy(made: Any, precision: str, tied: bo
     for graph in bundle.contract.graph_names:
         model = ir.load(bundle.path / f"{graph}.onnx")
         assert model.metadata_props["famexport.precision"] == precision
-        kinds[graph] = {node.op_type for node in model.graph if node.domain == DOMAIN}
+        kinds[graph] = {node.op_type for node in model.graph if node.domain == MS}
         for node in model.graph:
             if node.op_type == "MatMul":
                 assert not any(v in model.graph.initializers.values() for v in node.inputs)
-    wanted = {"MatMulIntegerToFloat"} if precision == "int8" else {"MatMulNBits", "MatMulIntegerToFloat"}
+    wanted = {"MatMulIntegerToFloat", "RotaryEmbedding"} | ({"MatMulNBits"} if precision == "int4" else set())
     assert kinds["block_step"] == kinds["append_step"] == wanted
     assert bundle.manifest.precision == precision
     assert {spec.dtype for spec in bundle.contract.all_states} == {"float32", "int64"}
