@@ -212,3 +212,16 @@ def test_damaging_quantisation_publishes_nothing(
     with pytest.raises(error, match="nothing was published"):
         fx.export_bundle(checkpoint, tmp_path / "bundle", precision="int8", parity_blocks=2, tolerance=tolerance)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(("precision", "told"), [("int8", "1"), ("int4", "1"), ("fp32", None)])
+def test_x86_without_vnni_is_told_to_be_exact(made: Any, precision: str, told: str | None) -> None:
+    """Its 16-bit sums of signed and unsigned bytes overflow; onnxruntime then converts the weights as it loads them."""
+    with fx.load(made(precision, graphs="all"), "ort-cpu") as session:
+        for engine in session.backend.sessions.values():
+            options = engine.get_session_options()
+            try:
+                entry = options.get_session_config_entry("session.x64quantprecision")
+            except RuntimeError:  # not set
+                entry = None
+            assert entry == told
