@@ -14,9 +14,9 @@ rows, which may be asymmetric; it is used where there is only one row, so a toke
 
 Both operators are ONNX Runtime's own (domain com.microsoft). The head is int8 in both. Signed weights times unsigned
 rows is what VNNI and AMX multiply: 3.7 times as fast as both unsigned. x86 without either adds these products in 16
-bits, which overflow; SmolLM2-135M lost 0.15 nats by that on 2,048 tokens of text. There ONNX Runtime must be told to
-make the weights unsigned as it loads them (``session.x64quantprecision``, which ``runtime/ort.py`` sets): the sums are
-then the same integers everywhere.
+bits, which overflow; SmolLM2-135M lost 0.15 nats by that on 2,048 tokens of text. There, and only there, ONNX Runtime
+is told to make the weights unsigned as it loads them (``session.x64quantprecision``, in ``runtime/ort.py``): the sums
+are then the same integers everywhere.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from famexport.runtime.backend import STORAGE, Backend
 from famexport.runtime.host import HostLoop
 from famexport.tensorfile import read_header
 
+_SIGNED_PRODUCT = Path(__file__).parent / "signed_product.onnx"
 _ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7, "int32": 6, "bool": 9, "int8": 3, "uint8": 2}
 
 
@@ -28,6 +30,18 @@ def import_onnxruntime() -> Any:
     except ImportError as exc:
         raise MissingDependencyError("onnxruntime", "cpu", "the backend ort-cpu") from exc
     return onnxruntime
+
+
+@cache
+def signed_products_overflow() -> bool:
+    """Whether products of unsigned rows and signed weights come out wrong here: x86 without VNNI adds them in 16 bits.
+
+    onnxruntime does not say, so it is given one row and several whose sums need 20 bits (``signed_product.onnx``: rows
+    [n, 32] times a weight of 127s).
+    """
+    session = import_onnxruntime().InferenceSession(str(_SIGNED_PRODUCT), providers=[OrtCpu.provider])
+    rows = [np.full((n, 32), 255, np.uint8) for n in (1, 16)]
+    return any((session.run(None, {"rows": each})[0] != 32 * 255 * 127).any() for each in rows)
 
 
 class OrtCpu(Backend):
@@ -71,8 +85,8 @@ class OrtCpu(Backend):
         options.log_severity_level = 4  # errors come as exceptions; what it logs besides is no news to a user
         if threads:
             options.intra_op_num_threads = threads
-        if self.precision in QUANTIZED:  # signed weights, whose products x86 without VNNI adds in too few bits
-            options.add_session_config_entry("session.x64quantprecision", "1")
+        if self.precision in QUANTIZED and signed_products_overflow():
+            options.add_session_config_entry("session.x64quantprecision", "1")  # it loads weights as unsigned
         disabled = None
         if shared:
             disabled = ["ConstantFolding"]
