@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -133,13 +133,15 @@ def describe(model: ir.Model, contract: StepContract, name: str, facts: Mapping[
 
 
 def emulate_bfloat16(model: ir.Model) -> None:
-    """Compute in float32 and round every result to bfloat16, for runtimes without bfloat16 arithmetic (ORT on CPUs).
+    """Compute in float32 and round results to bfloat16, for runtimes without bfloat16 arithmetic (ORT on CPUs).
 
     Requires: values carry dtypes (shape inference has run).
-    Ensures: no arithmetic on bfloat16; inputs, outputs, weights and roundings stay bfloat16.
+    Ensures: no arithmetic on bfloat16; inputs, outputs and weights stay bfloat16, and roundings where kernels of
+    devices have them: scores up to their softmax and a SiLU are not rounded on the way.
     """
     graph = model.graph
     bf16 = ir.DataType.BFLOAT16
+    exact = {value for node in graph for value in _unrounded(node)}
     widened: dict[ir.Value, ir.Value] = {}
 
     def emulated(node: ir.Node) -> bool:
@@ -170,8 +172,8 @@ def emulate_bfloat16(model: ir.Model) -> None:
             if output.dtype != bf16:
                 continue
             output.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: values may share the old
-            if transposed_weight:
-                widened[output] = output  # exact already
+            if transposed_weight or output in exact:
+                widened[output] = output
                 continue
             narrowing = cast(output, bf16)
             narrow = narrowing.outputs[0]
@@ -187,6 +189,19 @@ def emulate_bfloat16(model: ir.Model) -> None:
     for node in graph:
         if emulated(node) and any(v is not None and v.dtype == bf16 for v in (*node.inputs, *node.outputs)):
             raise FamExportError(f"bfloat16 emulation left {node.op_type} {node.name} in bfloat16")
+
+
+def _unrounded(node: ir.Node) -> Iterator[ir.Value]:
+    """What a kernel that ends in ``node`` keeps in float32: a softmax its scores, a SiLU its sigmoid."""
+    if node.op_type == "Sigmoid" and [consumer.op_type for consumer, _ in node.outputs[0].uses()] == ["Mul"]:
+        yield node.outputs[0]
+    value = node.inputs[0] if node.op_type == "Softmax" else None
+    while value is not None and len(value.uses()) == 1 and not value.is_graph_output():
+        producer = value.producer()
+        if producer is None or producer.op_type not in ("Add", "MatMul"):
+            return
+        yield value
+        value = producer.inputs[0] if producer.op_type == "Add" else None
 
 
 def fuse_rotary(model: ir.Model) -> int:

@@ -249,3 +249,28 @@ def test_two_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
     graphs |= {"block/block_step.onnx", "block/block_step.ort-cpu.onnx"}
     others = {"golden.safetensors", "id", "manifest.json", "weights.safetensors"}
     assert set(there) == graphs | {f"{folder}/{name}" for folder in ("all", "block") for name in others}
+
+
+def test_emulated_bfloat16_rounds_where_kernels_do(exported: Exported) -> None:
+    """Scores stay float32 up to their softmax, as does a SiLU's sigmoid; probabilities and all else are rounded."""
+    export = exported("bf16")
+    model = next(m for path, m in zip(export.graphs, models(export), strict=True) if "ort-cpu" in path.name)
+    producers = {name: node for node in model.graph.node for name in node.output}
+    consumers: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node.op_type)
+    seen = 0
+    for node in model.graph.node:
+        if node.op_type == "Softmax":
+            assert consumers[node.output[0]] == ["Cast"]
+            masked = producers[node.input[0]]
+            scores = producers[masked.input[0]] if masked.op_type == "Add" else masked
+            assert scores.op_type == "MatMul"
+            seen += 1
+        elif node.op_type == "Sigmoid":
+            assert consumers[node.output[0]] == ["Mul"]
+            seen += 1
+        elif node.op_type == "MatMul":
+            assert consumers[node.output[0]] in (["Cast"], ["Add"], ["Softmax"])  # the last two: scores
+    assert seen
