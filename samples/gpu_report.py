@@ -22,6 +22,7 @@ from famexport.bench.measure import bench
 from famexport.bench.tokens import bench_tokens
 from famexport.checkpoint import init_checkpoint
 from famexport.config import FamConfig, preset
+from famexport.contract import PRECISION_DTYPE
 from famexport.export.pipeline import export_bundle
 from famexport.publish import atomic_write
 
@@ -92,7 +93,7 @@ def main(words: list[str] | None = None) -> None:
     for shape in options.shape:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint, bundle = Path(folder) / "checkpoint", Path(folder) / "bundle"
-            init_checkpoint(checkpoint, SHAPES[shape])
+            init_checkpoint(checkpoint, SHAPES[shape], dtype=PRECISION_DTYPE[options.precision])
             export_bundle(
                 checkpoint,
                 bundle,
