@@ -47,6 +47,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-autotune", action="store_true", help="torch-compile in that mode, too: minutes a shape")
     parser.add_argument("--mode", choices=("block", "token"), action="append", help="both unless given")
     parser.add_argument("--graphs", choices=("block", "all"), help="to export; block is faster, and --mode block's own")
+    parser.add_argument(
+        "--logits", choices=("all", "last"), default="all", help="of a block; all of 1b-1024 are 131 MB"
+    )
     parser.add_argument("--parity-blocks", type=int, default=PARITY_BLOCKS, help="compared in the export")
     parser.add_argument("--blocks", type=int, default=50)
     parser.add_argument("--tokens", type=int, help="two blocks unless given")
@@ -99,11 +102,12 @@ def main(words: list[str] | None = None) -> None:
                 bundle,
                 precision=options.precision,
                 graphs=options.graphs,
+                logits=options.logits,
                 parity_blocks=options.parity_blocks,
             )
             for mode in options.mode:
                 report, samples = measure(options, mode, bundle)
-                report.update(shape=shape, mode=mode, samples_ms=samples)
+                report.update(shape=shape, mode=mode, logits=options.logits, samples_ms=samples)
                 file = options.out / f"{shape}-{options.precision}-{mode}.json"
                 atomic_write(file, json.dumps(report, sort_keys=True).encode() + b"\n")
                 machine = report.get("gpu", {}).get("name") or report["device"]["processor"]
