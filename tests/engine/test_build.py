@@ -44,7 +44,7 @@ def test_products_have_the_precision_that_was_asked(bundle: Bundles, name: str) 
     (entry,) = build_engines(path, "rtx-4090").engines
     products = entry.layers["MATRIX_MULTIPLY"]
     assert set(products) == {DTYPES[name]}
-    assert products[DTYPES[name]] > 10
+    assert products[DTYPES[name]] >= 10  # of a layer 7 with weights and 2 of attention; the head
     assert (entry.graph, entry.engine, entry.checked, entry.attention) == (
         "block_step",
         "tensorrt-rtx",
