@@ -1,0 +1,45 @@
+"""``samples.products``: its products are those of a block, and its graphs compute them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from famexport.config import preset
+from samples import products as module
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"gated_mlp": False}, {"fam_length": 0}, {"num_key_value_heads": 4}, {"head_dim": 16}]
+)
+def test_shapes_are_those_of_the_model(changes: dict[str, int]) -> None:
+    config = preset("tiny", **changes)
+    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    t, f, m = config.block_size, config.fam_length, config.memory_segments
+    seen = t * (m * t + f + t) + f * (f + t)  # pairs of a row and a column
+    flops = sum(2 * n * k * width for n, k, width in module.shapes(config))
+    assert flops + attention * seen == config.block_flops(logits="all")
+
+
+def test_it_prints_each_way_of_multiplying(capsys: pytest.CaptureFixture[str]) -> None:
+    module.main(["tiny", "--runs", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"tiny: {len(module.shapes(preset('tiny')))} products, ")
+    assert [line.partition("  ")[0].strip() for line in lines[1:]] == [
+        "torch float32",
+        "torch float32, packed",
+        "torch bfloat16",
+        "onnxruntime float32, packed",
+        "onnxruntime float32",
+        "onnxruntime int8",
+    ]
+
+
+def test_packed_is_the_same_product() -> None:
+    products = [(5, 16, 8), (5, 16, 24)]
+    torch.manual_seed(0)
+    plain = module.torch_products(products, torch.float32)()
+    torch.manual_seed(0)
+    packed = module.torch_products(products, torch.float32, packed=True)()
+    for a, b in zip(plain, packed, strict=True):
+        torch.testing.assert_close(a, b)
