@@ -41,7 +41,7 @@ class Layer(nn.Module):
         x: Tensor,
         fam: Tensor | None,
         residual: Tensor | None,
-        memory: tuple[Tensor, Tensor] | None,
+        memory: KV | None,
         rope: Rope,
         mask: Tensor,
     ) -> tuple[Tensor, Tensor | None, KV | None]:
@@ -63,7 +63,7 @@ class Layer(nn.Module):
         q, k, v = attn.qkv(self.input_layernorm(rows))
         if memory is not None:
             past = memory[0].shape[2]
-            k, v = (_columns(own[:, :, :f], old, own[:, :, f:]) for old, own in zip(memory, (k, v), strict=True))
+            k, v = (_joined(own[:, :, :f], old, own[:, :, f:]) for old, own in zip(memory, (k, v), strict=True))
             memory = k[:, :, -past:], v[:, :, -past:]
         heads = attend(rotate(q, rope.query), rotate(k, rope.column), v, mask)
         if residual is not None:
@@ -89,14 +89,14 @@ class Layer(nn.Module):
         k, v = attn.kv(normed)
         opened = place.write(opened[0], k[:, :, f:]), place.write(opened[1], v[:, :, f:])
         past = (k[:, :, :0], v[:, :, :0]) if memory is None else memory
-        keys, values = (_columns(own[:, :, :f], old, now) for own, old, now in zip((k, v), past, opened, strict=True))
+        keys, values = (_joined(own[:, :, :f], old, now) for own, old, now in zip((k, v), past, opened, strict=True))
         q = rotate(attn.q(normed[:, f:]), place.rotary)
         return self._finish(x, attend(q, rotate(keys, rope.column), values, mask)), opened
 
     def commit(self, fam: Tensor, residual: Tensor, opened: KV, rope: Rope) -> Tensor:
         """The FAM rows of ``forward`` over a full open block: F_tau [b, F, D]."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(fam))
-        keys, values = _columns(k, opened[0]), _columns(v, opened[1])
+        keys, values = _joined(k, opened[0]), _joined(v, opened[1])
         return self._finish(residual, attend(rotate(q, rope.fam_query), rotate(keys, rope.key), values))
 
     def _finish(self, rows: Tensor, heads: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Layer(nn.Module):
         return finished
 
 
-def _columns(*parts: Tensor) -> Tensor:
+def _joined(*parts: Tensor) -> Tensor:
     """Keys or values side by side, without those that the model does not have: an empty one is still an operator."""
     parts = tuple(part for part in parts if part.shape[2])
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
@@ -227,7 +227,7 @@ class FamModel(nn.Module):
         """
         c, count, opened = self.config, state["past_count"], state["past_open_length"]
         place = Place(opened, length, inputs.shape[1], self.rope)
-        x, mask = self._embed(inputs), self._columns(count, place.seen)
+        x, mask = self._embed(inputs), self._visible(count, place.seen)
         new: State = {"past_open_length": opened + length}
         for i, (layer, (fam, _, memory)) in enumerate(zip(self.model.layers, self._past(state), strict=True)):
             kv = state[f"past_open_key_{i:02d}"], state[f"past_open_value_{i:02d}"]
@@ -286,18 +286,18 @@ class FamModel(nn.Module):
         return (F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)).float()
 
     def _mask(self, count: Tensor) -> Tensor:
-        """What a row of a block sees, bool [b, 1, F+T, F+M*T+T]: a token what came before it, FAM itself and the whole
-        block."""
+        """What a row of a block sees, bool [b, 1, F+T, F+M*T+T]: tokens see what came before them and themselves, FAM
+        sees itself and the whole block."""
         c, t, device = self.config, self.config.block_size, count.device
         own = torch.ones(t, t, dtype=torch.bool, device=device).tril()
-        tokens = self._columns(count, own.expand(count.shape[0], t, t))
+        tokens = self._visible(count, own.expand(count.shape[0], t, t))
         if not c.fam_length:
             return tokens
         columns = torch.arange(tokens.shape[-1], device=device)
         fam = (columns < c.fam_length) | (columns >= tokens.shape[-1] - t)
         return torch.cat([fam.expand(count.shape[0], 1, c.fam_length, -1), tokens], 2)
 
-    def _columns(self, count: Tensor, own: Tensor) -> Tensor:
+    def _visible(self, count: Tensor, own: Tensor) -> Tensor:
         """All of FAM, filled memory slots, and ``own`` [b, n, T] of the block: bool [b, 1, n, F+M*T+T]."""
         c, (b, n, t) = self.config, own.shape
         slots = torch.arange(c.memory_segments * t, device=count.device)

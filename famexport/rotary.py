@@ -42,12 +42,12 @@ class Rope(nn.Module):
 
     @property
     def prompt(self) -> Rotary:
-        """The F summary embeddings before the stream's start, and F_{tau-1} as keys."""
+        """The F summary embeddings before the stream's start."""
         return self._table("prompt")
 
     @property
     def token(self) -> Rotary:
-        """The T tokens of the open block, as keys and as queries."""
+        """The T tokens of the open block as queries."""
         return self._table("token")
 
     @property

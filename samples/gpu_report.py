@@ -4,8 +4,8 @@
 
 Makes a random checkpoint, exports it, and measures torch eager, ``torch.compile`` and ONNX Runtime in one interleaved
 run, block by block and then token by token; outputs are compared before and while timing. Prints a markdown table for
-each shape and mode and writes ``DIR/SHAPE-PRECISION-MODE.json`` with the report and every sample. ``device`` is the
-GPU's own time by events, ``ratio`` the host's p50 over that of ``torch-compile`` on the same device (below 1 is
+each shape and mode and writes ``DIR/SHAPE-PRECISION-LOGITS-MODE.json`` with the report and every sample. ``device`` is
+the GPU's own time by events, ``ratio`` the host's p50 over that of ``torch-compile`` on the same device (below 1 is
 faster), and ``of the limit`` the share of the measured ceiling. A shape is a process's worth of device time: call it
 once for each. ``--device cpu`` is for trying the script out.
 """
@@ -108,7 +108,7 @@ def main(words: list[str] | None = None) -> None:
             for mode in options.mode:
                 report, samples = measure(options, mode, bundle)
                 report.update(shape=shape, mode=mode, logits=options.logits, samples_ms=samples)
-                file = options.out / f"{shape}-{options.precision}-{mode}.json"
+                file = options.out / f"{shape}-{options.precision}-{options.logits}-{mode}.json"
                 atomic_write(file, json.dumps(report, sort_keys=True).encode() + b"\n")
                 machine = report.get("gpu", {}).get("name") or report["device"]["processor"]
                 print(f"\n{shape}, {options.precision}, {mode} ({machine})\n")

@@ -22,7 +22,7 @@ import torch
 
 from famexport.config import PRESETS, FamConfig, preset
 from famexport.export.passes import MS, serialize
-from famexport.runtime.ort import import_onnxruntime
+from famexport.runtime.ort import import_onnxruntime, signed_products_overflow
 
 Shape = tuple[int, int, int]  # rows, inputs, outputs
 
@@ -58,12 +58,15 @@ def ort_products(products: list[Shape], *, packed: bool = True, int8: bool = Fal
         weights.append(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
         return weights[-1]
 
-    one, middle = constant("one", np.float32(1)), constant("middle", np.uint8(128))
+    one, middle, zero = (
+        constant(name, array)
+        for name, array in (("one", np.float32(1)), ("middle", np.uint8(128)), ("zero", np.int8(0)))
+    )
     for i, (n, k, m) in enumerate(products):
         random = rng.integers(-127, 128, (k, m)) if int8 else rng.standard_normal((k, m), np.float32)
         given = [inputs[n, k], constant(f"w{i}", random.astype(kind))]
         if int8:
-            given += [one, constant(f"s{i}", np.ones(m, np.float32)), middle]
+            given += [one, constant(f"s{i}", np.ones(m, np.float32)), middle, zero]
         nodes.append(ir.node("MatMulIntegerToFloat" if int8 else "MatMul", given, domain=MS if int8 else ""))
         result = nodes[-1].outputs[0]
         result.name, result.type, result.shape = f"y{i}", ir.TensorType(ir.DataType.FLOAT), ir.Shape((n, m))
@@ -74,6 +77,8 @@ def ort_products(products: list[Shape], *, packed: bool = True, int8: bool = Fal
     )
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
+    if int8 and signed_products_overflow():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(serialize(ir.Model(graph, ir_version=10)), options, ["CPUExecutionProvider"])
     binding = session.io_binding()
     for (n, k), value in inputs.items():

@@ -82,7 +82,7 @@ def bench(
         for in_turn in turns.rounds(size, blocks):
             for name, steps in in_turn.items():
                 taken[name] += steps
-            say(len(taken[name]), total)
+            say(len(next(iter(taken.values()))), total)
         paced: dict[str, Paced] = {}
         if paced_ms is not None:
             paced = run_paced(turns, blocks, paced_ms, lambda done: say(blocks + done, total))

@@ -19,7 +19,7 @@ from famexport.errors import UsageError
 from famexport.runtime.score import percentiles
 
 LONGEST_MS = 3_600_000.0
-TURN = 16  # blocks
+TURN = 16  # blocks of one backend in a row
 
 
 @dataclass

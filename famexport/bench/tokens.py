@@ -1,11 +1,12 @@
 """Measurement of token-by-token generation: time to the first token, time per token, and block boundaries apart.
 
 Method: every backend is fed the same random prompt and then the same random tokens, one at a time, in turns of a few
-tokens, so that a change in the machine's speed meets all of them; the first of a turn does not count, nor do those that
-complete the prompt's last block. A sample is host latency: token in to logits out, as greedy generation would see it
-without the choice of the token. A *boundary* token completes a block: it also runs ``commit_block``, one more pass over
-the weights, and its device time is the sum of both. Logits are compared after every round of turns; a wrong answer gets
-no number. The ceilings are measured when all backends have given back their memory.
+tokens, so that a change in the machine's speed meets all of them; the first of a turn does not count, nor do those up
+to the first end of a block, where ``commit_block`` runs for the first time. A sample is host latency: token in to
+logits out, as greedy generation would see it without the choice of the token. A *boundary* token completes a block: it
+also runs ``commit_block``, one more pass over the weights, and its device time is the sum of both. Logits are compared
+after every round of turns; a wrong answer gets no number. The ceilings are measured when all backends have given back
+their memory.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def bench_tokens(
                 if i:  # the first touches what is touched for the first time
                     samples[name]["first"].append(seconds * 1e3)
         turns.warm_up(1, next(iter(turns.streams.values())).room)
+        done = 0
         for in_turn in turns.rounds(1, tokens):
+            done += len(next(iter(in_turn.values())))
             for name, steps in in_turn.items():
                 for each in steps:
                     kind = "boundary" if each.ends_block else "token"
@@ -89,7 +92,7 @@ def bench_tokens(
                     if each.device_ms is not None:
                         samples[name].setdefault(f"{kind}_device", []).append(each.device_ms)
             if progress:
-                progress(len(memory[name]), tokens)
+                progress(done, tokens)
     ceilings, gpu = measure_limits(set(turns.devices.values()), PRECISION_DTYPE[bundle.manifest.precision])
     results = []
     for name in samples:

@@ -106,7 +106,7 @@ class Step:
         return net.op("Where", self.started, past, first), net.op("Where", self.started, past, nothing)
 
     def _tables(self, *wanted: str) -> dict[str, list[ir.Value]]:
-        """Cos and sin by the names of ``Rope``; ``columns`` is for the keys [slots; FAM; tokens].
+        """Cos and sin by the names of ``Rope``; ``slots`` is for the keys [slots; FAM; tokens] of a ring.
 
         Args:
             wanted: those that fused operators take, in float32; else all, in the weights' dtype.
@@ -114,12 +114,12 @@ class Step:
         c = self.c
         tables = {name: [t.numpy() for t in pair] for name, pair in rotary_tables(c).items()}
         gap = np.zeros((c.fam_length, c.head_dim // 2), np.float32)
-        past = [half[c.fam_length : -c.block_size] for half in tables["column"]]
-        slots = [
-            [part for block in np.split(half, c.memory_segments) for part in (gap, block)] if c.memory_segments else []
-            for half in past
+        memory = [half[c.fam_length : -c.block_size] for half in tables.pop("column")]
+        blocks = [np.split(half, c.memory_segments) if c.memory_segments else [] for half in memory]
+        tables["slots"] = [
+            np.concatenate([*(part for block in past for part in (gap, block)), own])
+            for past, own in zip(blocks, tables["key"], strict=True)
         ]
-        tables["columns"] = [np.concatenate([*past, own]) for past, own in zip(slots, tables["key"], strict=True)]
         if wanted:
             return {name: [self.net.constant(half) for half in tables[name]] for name in wanted}
         return {name: [self.net.constant(half, self.type) for half in pair] for name, pair in tables.items()}

@@ -41,7 +41,7 @@ class BlockStep(LayerStep):
         self._see_start()
         self.packed = self.fused and self.kernels.packs
         self.causal = self.packed and t >= _CAUSAL_BLOCK
-        self.tables = self._tables(*(("query", "columns") if self.packed else ()))
+        self.tables = self._tables(*(("query", "slots") if self.packed else ()))
         if not self.causal:
             self.bias = self._bias(net.constant(np.concatenate([np.full(f, t), np.arange(t)])[None, None, :, None]))
         if f and not self.fused:
@@ -66,7 +66,7 @@ class BlockStep(LayerStep):
         q, *own = self._heads(i, qkv)
         self._give(i, own)
         keys, values = self._memory(i, own)
-        q, keys = self._rotate(q, self.tables["query"]), self._rotate(keys, self.tables["columns"])
+        q, keys = self._rotate(q, self.tables["query"]), self._rotate(keys, self.tables["slots"])
         return self._finish(i, x, self._attend(q, keys, values, self.plan.columns, self.bias))
 
     def _packed(self, i: int, qkv: ir.Value) -> ir.Value:
@@ -74,7 +74,7 @@ class BlockStep(LayerStep):
         split = self.causal and self.c.fam_length > 0
         slots = [slot for past in self._slots(i) for slot in past]
         key, value, q, *seen = self.kernels.block_memory(
-            qkv, self.tables["query"], self.tables["columns"], slots, split=split
+            qkv, self.tables["query"], self.tables["slots"], slots, split=split
         )
         self._give(i, [key, value])
         if split:
@@ -113,7 +113,7 @@ class AppendStep(LayerStep):
         length, opened = (net.input(name, ir.DataType.INT64, (b,)) for name in (CHUNK_LENGTH, OPEN_LENGTH))
         self._see_start()
         if self.packed:
-            self.tables, self.lengths = self._tables("token", "columns"), (opened, length)
+            self.tables, self.lengths = self._tables("token", "slots"), (opened, length)
         else:
             self.tables = self._tables()
             place = net.op("Add", net.op("Reshape", opened, net.ints(b, 1)), net.constant(np.arange(n)[None]))  # [b, n]
@@ -173,14 +173,14 @@ class AppendStep(LayerStep):
         own = [self._give(i, kind, self._open(i, kind, rows, begins)) for kind, rows in zip(_KINDS, new, strict=True)]
         keys, values = self._memory(i, own)
         q = self._rotate(self._slice(q, f, f + self.chunk) if begins else q, self.tables["token"], self.positions)
-        keys = self._rotate(keys, self.tables["columns"])
+        keys = self._rotate(keys, self.tables["slots"])
         return self._finish(i, x, self._attend(q, keys, values, self.plan.columns, self.bias))
 
     def _packed(self, i: int, qkv: ir.Value) -> ir.Value:
         """The heads, where one operator does all that comes before attention, and attention."""
         slots = [slot for past in self._slots(i) for slot in past]
         opened = [self._open_slot(i, kind) for kind in _KINDS]
-        tables = self.tables["token"], self.tables["columns"]
+        tables = self.tables["token"], self.tables["slots"]
         heads, *own = self.kernels.token_attention(qkv, *self.lengths, *tables, opened, slots)
         for kind, slot in zip(_KINDS, own, strict=True):
             self._give(i, kind, slot)

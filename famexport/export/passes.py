@@ -193,8 +193,10 @@ def emulate_bfloat16(model: ir.Model) -> None:
 
 def _unrounded(node: ir.Node) -> Iterator[ir.Value]:
     """What a kernel that ends in ``node`` keeps in float32: a softmax its scores, a SiLU its sigmoid."""
-    if node.op_type == "Sigmoid" and [consumer.op_type for consumer, _ in node.outputs[0].uses()] == ["Mul"]:
-        yield node.outputs[0]
+    if node.op_type == "Sigmoid" and not node.outputs[0].is_graph_output():
+        consumers = [consumer for consumer, _ in node.outputs[0].uses()]
+        if len(consumers) == 1 and consumers[0].op_type == "Mul" and node.inputs[0] in consumers[0].inputs:
+            yield node.outputs[0]
     value = node.inputs[0] if node.op_type == "Softmax" else None
     while value is not None and len(value.uses()) == 1 and not value.is_graph_output():
         producer = value.producer()
@@ -249,7 +251,16 @@ def _rotary(node: ir.Node) -> tuple[ir.Value, tuple[ir.Value, ir.Value]] | None:
     if tuple(second) != (b, cos) or tuple(third) != (a, sin) or not (cos.is_initializer() and sin.is_initializer()):
         return None
     x = split.inputs[0]
-    return None if x is None or x.shape is None or len(x.shape) != 4 else (x, (cos, sin))
+    if x is None or x.shape is None or len(x.shape) != 4 or not {_axis(node), _axis(split)} <= {3, -1}:
+        return None
+    rows, width = x.shape[2], x.shape[3]
+    half = width // 2 if isinstance(width, int) else None
+    whole = all(table.shape is not None and tuple(table.shape) == (rows, half) for table in (cos, sin))
+    return (x, (cos, sin)) if whole and len(split.outputs) == 2 and len(split.inputs) == 1 else None
+
+
+def _axis(node: ir.Node) -> int | None:
+    return node.attributes["axis"].as_int() if "axis" in node.attributes else None
 
 
 def infer_types(model: ir.Model) -> None:

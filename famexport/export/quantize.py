@@ -9,14 +9,14 @@ rows, which may be asymmetric; it is used where there is only one row, so a toke
 
 | precision | weights | activations | product |
 |---|---|---|---|
-| int8 | int8, a scale for each output channel | uint8 around 128, a scale for each row | MatMulIntegerToFloat |
+| int8 | int8, a scale for each output channel | uint8, a scale for each row | MatMulIntegerToFloat |
 | int4 | 4 bits, scale and zero point for each 32 | int8, a scale for each 32 | MatMulNBits, accuracy level 4 |
 
 Both operators are ONNX Runtime's own (domain com.microsoft). The head is int8 in both. Signed weights times unsigned
-rows is what VNNI and AMX multiply: 3.7 times as fast as both unsigned. x86 without either adds these products in 16
-bits, which overflow; SmolLM2-135M lost 0.15 nats by that on 2,048 tokens of text. There, and only there, ONNX Runtime
-is told to make the weights unsigned as it loads them (``session.x64quantprecision``, in ``runtime/ort.py``): the sums
-are then the same integers everywhere.
+rows is what ONNX Runtime multiplies by VNNI and AMX: 3.7 times as fast as both unsigned. x86 without either adds these
+products in 16 bits, which overflow; SmolLM2-135M lost 0.15 nats by that on 2,048 tokens of text. There, and only there,
+ONNX Runtime is told to make the weights unsigned as it loads them (``session.x64quantprecision``, in
+``runtime/ort.py``): the sums are then the same integers everywhere.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class _Products:
                 TensorEntry(f"{name}.int8", "int8", (k, n)),
                 TensorEntry(f"{name}.scale", "float32", (n,)),
             ]
-            product = self._int8(node, x, [self._initializer(e) for e in entries])
+            product = self._int8(node, x, name, [self._initializer(e) for e in entries])
         else:
             blocks = -(-k // INT4_BLOCK)
             entries = [
@@ -159,10 +159,13 @@ class _Products:
         product.name = replaced
         return [_Part(name, _int8 if whole_bytes else _int4, i, e) for i, e in enumerate(entries)]
 
-    def _int8(self, node: ir.Node, x: ir.Value, weight: list[ir.Value]) -> ir.Value:
+    def _int8(self, node: ir.Node, x: ir.Value, name: str, weight: list[ir.Value]) -> ir.Value:
         rows, scale, zero, single = self._quantized_rows(node, x)
         one = scale if single else self._constant("one", np.float32(1))
-        inputs = [rows, weight[0], one, weight[1], zero]
+        # Where onnxruntime converts a weight (see above), 1.25 to 1.30 abort if it has no zero point, and all refuse a
+        # graph in which two weights of single rows share one
+        weight_zero = self._constant(f"{name}.zero", np.int8(0))
+        inputs = [rows, weight[0], one, weight[1], zero, weight_zero]
         product = self._add(node, node.outputs[0], "MatMulIntegerToFloat", inputs, domain=MS)
         return product if single else self._add(node, node.outputs[0], "Mul", [product, scale])
 

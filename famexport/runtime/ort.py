@@ -36,12 +36,45 @@ def import_onnxruntime() -> Any:
 def signed_products_overflow() -> bool:
     """Whether products of unsigned rows and signed weights come out wrong here: x86 without VNNI adds them in 16 bits.
 
-    onnxruntime does not say, so it is given one row and several whose sums need 20 bits (``signed_product.onnx``: rows
-    [n, 32] times a weight of 127s).
+    onnxruntime does not say, so it is given rows to multiply whose sums are known (``signed_product.onnx``). Where they
+    are wrong, it must be told to convert the weights to unsigned.
+
+    Raises:
+        IncompatibleError: they are wrong even then, or cannot be computed. Versions of onnxruntime had wrong kernels
+            for many rows on CPUs with AMX or AVX-VNNI (microsoft/onnxruntime#27671).
     """
-    session = import_onnxruntime().InferenceSession(str(_SIGNED_PRODUCT), providers=[OrtCpu.provider])
-    rows = [np.full((n, 32), 255, np.uint8) for n in (1, 16)]
-    return any((session.run(None, {"rows": each})[0] != 32 * 255 * 127).any() for each in rows)
+    ort = import_onnxruntime()
+    try:
+        if _signed_products_are_right(ort, converted=False):
+            return False
+        if _signed_products_are_right(ort, converted=True):
+            return True
+    except Exception as exc:  # onnxruntime raises a class of its own per status code
+        raise IncompatibleError(
+            f"onnxruntime {ort.__version__} cannot multiply int8: {_first_line(exc)}; upgrade it, or export in fp32"
+        ) from exc
+    raise IncompatibleError(
+        f"onnxruntime {ort.__version__} gives wrong int8 products on this CPU; upgrade it, or export in fp32"
+    )
+
+
+def signed_weight() -> np.ndarray:
+    """That of ``signed_product.onnx``, int64 [96, 48]: pairs of it are often too large together for 16 bits."""
+    return (np.arange(96 * 48) * 37 % 255 - 127).reshape(96, 48)
+
+
+def _signed_products_are_right(ort: Any, *, converted: bool) -> bool:
+    """One row, several, and as many as kernels take at once: 96 columns around 128, times weights from -127 to 127."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.x64quantprecision", str(int(converted)))
+    session = ort.InferenceSession(str(_SIGNED_PRODUCT), options, providers=[OrtCpu.provider])
+    for count in (1, 16, 40, 80):
+        rows = (255 - np.arange(count * 96) % 61).astype(np.uint8).reshape(count, 96)
+        (sums,) = session.run(None, {"rows": rows})
+        if (sums != (rows.astype(np.int64) - 128) @ signed_weight()).any():
+            return False
+    return True
 
 
 class OrtCpu(Backend):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,9 @@ def test_backends_that_disagree_get_no_number(
     for backends in (["ort-cpu", "torch"], ["torch", "ort-cpu"]):
         blocks = 0
         first, second = backends
-        says = rf"{second} and {first} disagree at (warm-up|counted) step \d+ by .* \(relative\), allowed is .*; a wrong answer gets no"
+        says = (
+            rf"{second} and {first} disagree at (warm-up|counted) step \d+ by .* \(relative\), allowed is .*; a wrong"
+        )
         if wrong == "nan":  # the stream itself refuses it
             with pytest.raises(NonFiniteError, match="NaN or infinity in row 0"):
                 bench(bundles(name), backends, blocks=40, threads=1)
@@ -191,33 +194,49 @@ def test_backends_take_turns(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) 
     assert len(samples["ort-cpu"]["latency"]) == len(samples["torch"]["latency"]) == 11
 
 
-def test_a_turn_begins_when_nothing_runs(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that spins for 50 ms is waited for, one that never stops is not; alone there is nothing to wait for."""
-    import threading
-    import time
+@pytest.mark.parametrize(
+    ("backends", "busy_s", "waited_s"),
+    [(["ort-cpu", "torch"], 0.05, 0.052), (["ort-cpu", "torch"], 9, 0.25), (["ort-cpu"], 9, 0)],
+)
+def test_a_turn_begins_when_nothing_runs(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, backends: list[str], busy_s: float, waited_s: float
+) -> None:
+    """A thread that spins for 50 ms is waited for, one that never stops for a while; alone there is nothing to wait
+    for."""
+    from famexport.bench import turns as module
 
+    clock = SimpleNamespace(now=0.0)
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    fake = SimpleNamespace(perf_counter=lambda: clock.now, process_time=lambda: min(clock.now, busy_s), sleep=sleep)
+    with module.opened_turns(open_bundle(bundles("plain")), backends, 1, 0) as turns:
+        monkeypatch.setattr(module, "time", fake)
+        turns.settle()
+    assert clock.now == pytest.approx(waited_s, abs=0.003)
+
+
+@pytest.mark.parametrize("backends", [["ort-cpu"], ["ort-cpu", "torch"]])
+@pytest.mark.parametrize("tokens", [2, 9, 32, 64, 100])
+def test_no_end_of_a_block_is_lost_between_turns(bundles: Bundles, backends: list[str], tokens: int) -> None:
+    """Whatever step of a turn it falls on."""
     from famexport.bench.turns import opened_turns
 
-    def spin(seconds: float) -> threading.Thread:
-        end = time.perf_counter() + seconds
-        thread = threading.Thread(target=lambda: all(time.perf_counter() < end for _ in iter(int, 1)))
-        thread.start()
-        return thread
-
-    bundle = open_bundle(bundles("plain"))
-    for names, seconds, least in (
-        (["ort-cpu", "torch"], 0.05, 0.05),
-        (["ort-cpu"], 2, 0),
-        (["ort-cpu", "torch"], 2, 0),
-    ):
-        with opened_turns(bundle, names, 1, 0) as turns:
-            turns.settle()
-            start, thread = time.perf_counter(), spin(seconds)
-            turns.settle()
-            took, running = time.perf_counter() - start, thread.is_alive()
-            thread.join()
-            assert least <= took < 1.5
-            assert running == (seconds == 2)
+    with opened_turns(open_bundle(bundles("all")), backends, 1, 0) as turns:
+        for _ in range(3):  # the turns fall differently on the blocks
+            while next(iter(turns.streams.values())).room != turns.contract.block_size:
+                turns.warm_up(1, 1)
+            given = dict.fromkeys(turns.streams, 0)
+            before = {name: stream.blocks for name, stream in turns.streams.items()}
+            counted = dict.fromkeys(turns.streams, 0)
+            for in_turn in turns.rounds(1, tokens):
+                for name, steps in in_turn.items():
+                    given[name] += len(steps)
+                    counted[name] += sum(step.ends_block for step in steps)
+            assert set(given.values()) == {tokens}
+            for name, stream in turns.streams.items():
+                assert counted[name] == stream.blocks - before[name]
 
 
 def test_the_floor_is_the_larger_of_two_times() -> None:

@@ -78,9 +78,8 @@ class FactsCuda(FakeCuda):
 def test_blocks(bundles: Bundles, gpu: type[Counted]) -> None:
     report, samples = bench(bundles("plain"), ["ort-cpu", "torch"], blocks=6, threads=1)
     ours, theirs = report["results"]
-    assert samples["ort-cpu"]["device"] == [
-        i / 1024 for i in range(6, 12)
-    ]  # M + 2 = 4 blocks warm up, and one its turn
+    # M + 2 = 4 blocks warm up, and one its turn
+    assert samples["ort-cpu"]["device"] == [i / 1024 for i in range(6, 12)]
     assert ours["device_ms"] == percentiles(samples["ort-cpu"]["device"])
     assert "device" not in samples["torch"]
     assert theirs["device_ms"] is None

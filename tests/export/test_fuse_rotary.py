@@ -33,13 +33,13 @@ def rotation(wrong: str = "") -> ir.Model:
     rng = np.random.default_rng(0)
     shape = (2, HEADS, ROWS, 2 * HALF)
     x = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    size = (1, HALF) if wrong == "row" else (ROWS, HALF)
     tables = [
-        ir.Value(name=name, shape=ir.Shape((ROWS, HALF)), type=ir.TensorType(ir.DataType.FLOAT))
-        for name in ("cos", "sin")
+        ir.Value(name=name, shape=ir.Shape(size), type=ir.TensorType(ir.DataType.FLOAT)) for name in ("cos", "sin")
     ]
     for table in tables:
         if wrong != "input":
-            table.const_value = ir.tensor(rng.standard_normal((ROWS, HALF)).astype(np.float32), name=table.name)
+            table.const_value = ir.tensor(rng.standard_normal(size).astype(np.float32), name=table.name)
     cos, sin = tables
     nodes: list[ir.Node] = []
 
@@ -48,14 +48,15 @@ def rotation(wrong: str = "") -> ir.Model:
         nodes[-1].outputs[0].name = f"v{len(nodes)}"
         return nodes[-1].outputs[0]
 
-    nodes.append(ir.node("Split", [x], attributes={"axis": 3, "num_outputs": 2}, num_outputs=2))
+    split_axis = 2 if wrong == "split" else 3
+    nodes.append(ir.node("Split", [x], attributes={"axis": split_axis, "num_outputs": 2}, num_outputs=2))
     a, b = nodes[0].outputs
     a.name, b.name = "a", "b"
     if wrong == "halves":
         a, b = b, a
     left = op("Sub" if wrong != "sum" else "Add", op("Mul", a, cos), op("Mul", b, sin))
     right = op("Add", op("Mul", b, cos), op("Mul", a, sin if wrong != "table" else cos))
-    y = op("Concat", left, right, axis=-1)
+    y = op("Concat", left, right, axis=2 if wrong == "concat" else -1)
     y.shape, y.type, y.name = ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT), "y"
     inputs, constants = ([x, cos, sin], []) if wrong == "input" else ([x], tables)
     graph = ir.Graph(inputs, [y], nodes=nodes, initializers=constants, opset_imports={"": 20}, name="rotation")
@@ -74,7 +75,7 @@ def test_it_gives_the_same() -> None:
     assert fuse_rotary(model) == 0
 
 
-@pytest.mark.parametrize("wrong", ["halves", "sum", "table", "input"])
+@pytest.mark.parametrize("wrong", ["halves", "sum", "table", "input", "split", "concat", "row"])
 def test_what_only_looks_like_one_is_left(wrong: str) -> None:
     model = rotation(wrong)
     before = serialize(model)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.checker
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, external_data_helper, numpy_helper
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 
 import famexport
 from famexport.contract import GRAPH_KEY, METADATA_KEY, PRECISION_DTYPE, StepContract, TensorSpec, contract_for
-from famexport.export import pipeline
+from famexport.export import passes, pipeline
 from famexport.export.pipeline import export_bundle
 from famexport.export.source import FAM_INIT, INLINE_BYTES
 from famexport.export.trace import trace_step
@@ -274,3 +275,24 @@ def test_emulated_bfloat16_rounds_where_kernels_do(exported: Exported) -> None:
         elif node.op_type == "MatMul":
             assert consumers[node.output[0]] in (["Cast"], ["Add"], ["Softmax"])  # the last two: scores
     assert seen
+
+
+@pytest.mark.parametrize(("kept", "rounded"), [("silu", 1), ("gate", 2), ("state", 2)])
+def test_only_the_sigmoid_of_a_silu_is_not_rounded(kept: str, rounded: int) -> None:
+    """Not that of another gate, whose product is two operators on devices too, nor one that is a result itself."""
+    bf16 = ir.DataType.BFLOAT16
+
+    def value(name: str) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape((2, 3)), type=ir.TensorType(bf16))
+
+    x, other, sigmoid, product = (value(name) for name in ("x", "other", "sigmoid", "product"))
+    nodes = [
+        ir.Node("", "Sigmoid", [x], outputs=[sigmoid], name="a"),
+        ir.Node("", "Mul", [other if kept == "gate" else x, sigmoid], outputs=[product], name="b"),
+    ]
+    outputs = [product, sigmoid] if kept == "state" else [product]
+    graph = ir.Graph([x, other], outputs, nodes=nodes, opset_imports={"": 20}, name="gate")
+    passes.emulate_bfloat16(ir.Model(graph, ir_version=10))
+    narrowing = [n for n in graph if n.op_type == "Cast" and n.attributes["to"].as_int() == bf16.value]
+    assert len(narrowing) == rounded
+    assert all(output.dtype == bf16 for output in graph.outputs)

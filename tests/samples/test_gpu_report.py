@@ -19,7 +19,7 @@ def rows(text: str) -> list[list[str]]:
 
 def test_tables_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--shape", "tiny", "--device", "cpu", "--precision", "fp32", "--blocks", "4", "--tokens", "9"]
-    gpu_report.main([*words, "--out", str(tmp_path / "out")])
+    gpu_report.main([*words, "--logits", "last", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert [line.partition(" (")[0] for line in printed.splitlines() if line.startswith("tiny")] == [
         "tiny, fp32, block",
@@ -29,7 +29,7 @@ def test_tables_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [row[0] for row in cells] == ["torch", "ort-cpu"] * 2
     assert all(0 < float(row[1]) <= float(row[2]) for row in cells)
     assert all(row[3:5] == ["-", "-"] and row[5].endswith("%") for row in cells)  # no GPU, no torch-compile
-    block, token = (json.loads((tmp_path / "out" / f"tiny-fp32-{m}.json").read_text()) for m in ("block", "token"))
+    block, token = (json.loads((tmp_path / "out" / f"tiny-fp32-last-{m}.json").read_text()) for m in ("block", "token"))
     assert {name: len(kinds["latency"]) for name, kinds in block["samples_ms"].items()} == {"torch": 4, "ort-cpu": 4}
     assert len(token["samples_ms"]["torch"]["token"]) + len(token["samples_ms"]["torch"]["boundary"]) == 9
     assert f"{block['results'][0]['latency_ms']['p50']:.3f}" == cells[0][1]

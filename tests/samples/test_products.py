@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +36,34 @@ def test_it_prints_each_way_of_multiplying(capsys: pytest.CaptureFixture[str]) -
         "onnxruntime float32",
         "onnxruntime int8",
     ]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_onnxruntime_computes_them(monkeypatch: pytest.MonkeyPatch, int8: bool) -> None:
+    made: list[np.ndarray] = []
+    real = np.random.default_rng
+
+    class Noted:
+        def __init__(self, seed: int) -> None:
+            self.rng = real(seed)
+
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any) -> np.ndarray:
+                made.append(getattr(self.rng, name)(*arguments))
+                return made[-1]
+
+            return call
+
+    monkeypatch.setattr(np.random, "default_rng", Noted)
+    bindings: list[Any] = []
+    session = module.import_onnxruntime().InferenceSession
+    run = session.run_with_iobinding
+    monkeypatch.setattr(session, "run_with_iobinding", lambda self, b: (bindings.append(b), run(self, b)))
+    module.ort_products([(5, 16, 8), (5, 16, 24)], int8=int8)()
+    first, second, x = made
+    for got, weight in zip(bindings[0].copy_outputs_to_cpu(), (first, second), strict=True):
+        wanted = (x.astype(np.int64) - 128) @ weight if int8 else x @ weight
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_is_the_same_product() -> None:
