@@ -64,7 +64,7 @@ def signed_weight() -> np.ndarray:
 
 
 def _signed_products_are_right(ort: Any, *, converted: bool) -> bool:
-    """One row, several, and as many as kernels take at once: numbers from 195 to 255, times weights from -127 to 127."""
+    """One row, several, and as many as kernels take at once: rows of 195 to 255, times weights of -127 to 127."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.x64quantprecision", str(int(converted)))
