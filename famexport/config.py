@@ -138,7 +138,8 @@ class FamConfig:
         return c.num_hidden_layers * layer + tables + per_norm + c.fam_length * c.hidden_size
 
     def block_flops(self, batch: int = 1, logits: str = "all") -> int:
-        """Floating-point operations of one block step (2 per multiply-add), products and attention only."""
+        """Floating-point operations that one block step needs (2 per multiply-add), products and attention only: FAM's
+        rows see no past block, although graphs compute those scores and hide them."""
         c = self
         t, f, m = c.block_size, c.fam_length, c.memory_segments * c.block_size
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
