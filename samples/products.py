@@ -58,15 +58,12 @@ def ort_products(products: list[Shape], *, packed: bool = True, int8: bool = Fal
         weights.append(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
         return weights[-1]
 
-    one, middle, zero = (
-        constant(name, array)
-        for name, array in (("one", np.float32(1)), ("middle", np.uint8(128)), ("zero", np.int8(0)))
-    )
+    one, middle = constant("one", np.float32(1)), constant("middle", np.uint8(128))
     for i, (n, k, m) in enumerate(products):
         random = rng.integers(-127, 128, (k, m)) if int8 else rng.standard_normal((k, m), np.float32)
         given = [inputs[n, k], constant(f"w{i}", random.astype(kind))]
         if int8:
-            given += [one, constant(f"s{i}", np.ones(m, np.float32)), middle, zero]
+            given += [one, constant(f"s{i}", np.ones(m, np.float32)), middle, constant(f"z{i}", np.int8(0))]
         nodes.append(ir.node("MatMulIntegerToFloat" if int8 else "MatMul", given, domain=MS if int8 else ""))
         result = nodes[-1].outputs[0]
         result.name, result.type, result.shape = f"y{i}", ir.TensorType(ir.DataType.FLOAT), ir.Shape((n, m))

@@ -162,8 +162,8 @@ class _Products:
     def _int8(self, node: ir.Node, x: ir.Value, name: str, weight: list[ir.Value]) -> ir.Value:
         rows, scale, zero, single = self._quantized_rows(node, x)
         one = scale if single else self._constant("one", np.float32(1))
-        # Where onnxruntime converts a weight (see above), 1.25 to 1.30 abort if it has no zero point, and all refuse a
-        # graph in which two weights of single rows share one
+        # Where onnxruntime converts weights (see above), 1.25 to 1.30 abort at one without a zero point, and all refuse
+        # a graph in which two share it
         weight_zero = self._constant(f"{name}.zero", np.int8(0))
         inputs = [rows, weight[0], one, weight[1], zero, weight_zero]
         product = self._add(node, node.outputs[0], "MatMulIntegerToFloat", inputs, domain=MS)
