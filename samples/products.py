@@ -22,7 +22,7 @@ import torch
 
 from famexport.config import PRESETS, FamConfig, preset
 from famexport.export.passes import MS, serialize
-from famexport.runtime.ort import import_onnxruntime, signed_products_overflow
+from famexport.runtime.ort import add_int8_options, import_onnxruntime
 
 Shape = tuple[int, int, int]  # rows, inputs, outputs
 
@@ -58,24 +58,23 @@ def ort_products(products: list[Shape], *, packed: bool = True, int8: bool = Fal
         weights.append(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
         return weights[-1]
 
-    one, middle = constant("one", np.float32(1)), constant("middle", np.uint8(128))
     for i, (n, k, m) in enumerate(products):
         random = rng.integers(-127, 128, (k, m)) if int8 else rng.standard_normal((k, m), np.float32)
         given = [inputs[n, k], constant(f"w{i}", random.astype(kind))]
         if int8:
-            given += [one, constant(f"s{i}", np.ones(m, np.float32)), middle, constant(f"z{i}", np.int8(0))]
+            scales = np.float32(1), np.ones(m, np.float32), np.uint8(128), np.int8(0)
+            given += [constant(f"{name}{i}", array) for name, array in zip("asbz", scales, strict=True)]
         nodes.append(ir.node("MatMulIntegerToFloat" if int8 else "MatMul", given, domain=MS if int8 else ""))
         result = nodes[-1].outputs[0]
         result.name, result.type, result.shape = f"y{i}", ir.TensorType(ir.DataType.FLOAT), ir.Shape((n, m))
     results = [node.outputs[0] for node in nodes]
-    read = [w for w in weights if w.uses()]
     graph = ir.Graph(
-        [*inputs.values()], results, nodes=nodes, initializers=read, opset_imports={"": 20, MS: 1}, name="products"
+        [*inputs.values()], results, nodes=nodes, initializers=weights, opset_imports={"": 20, MS: 1}, name="products"
     )
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
-    if int8 and signed_products_overflow():
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    if int8:
+        add_int8_options(options)
     session = ort.InferenceSession(serialize(ir.Model(graph, ir_version=10)), options, ["CPUExecutionProvider"])
     binding = session.io_binding()
     for (n, k), value in inputs.items():

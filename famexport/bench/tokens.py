@@ -80,7 +80,7 @@ def bench_tokens(
             for name, seconds in _prompts(turns, prompt).items():
                 if i:  # the first touches what is touched for the first time
                     samples[name]["first"].append(seconds * 1e3)
-        turns.warm_up(1, next(iter(turns.streams.values())).room)
+        turns.warm_up(1, turns.room)
         done = 0
         for in_turn in turns.rounds(1, tokens):
             done += len(next(iter(in_turn.values())))

@@ -69,6 +69,11 @@ class Turns:
         """Input for all rows: tokens, or embeddings."""
         return random_input(self.contract, self.batch, positions, self._rng)
 
+    @property
+    def room(self) -> int:
+        """Positions that are left in the open block, which is the same one on all backends."""
+        return next(iter(self.streams.values())).room
+
     def one(self, name: str, fed: np.ndarray) -> Taken:
         """One step of one backend. Device time is the sum over its calls: a token that completes a block is two."""
         stream, whole = self.streams[name], fed.shape[1] == self.contract.block_size
@@ -104,8 +109,12 @@ class Turns:
         lead, done = int(len(self.streams) > 1), 0
         while done < count:
             size = min(TURN, count - done)
-            room = next(iter(self.streams.values())).room - lead - size
-            if lead and positions == 1 and room % self.contract.block_size == 1 and done + size < count:
+            if (
+                lead
+                and positions == 1
+                and (self.room - lead - size) % self.contract.block_size == 1
+                and done + size < count
+            ):
                 size += 1
             given = [self.random(positions) for _ in range(lead + size)]
             taken = {}

@@ -15,7 +15,6 @@ from famexport.errors import ContractError, FamExportError, raise_problems
 from famexport.tensorfile import TensorEntry
 
 MS = "com.microsoft"  # operators of ONNX Runtime's own
-_FIRST_ROW = "rotary.first_row"
 CONTROL_FLOW = ("If", "Loop", "Scan")
 _FOLD_LIMIT = 2**16  # bytes of input that constant folding may read: masks and indices, never weights
 _MERGE_LIMIT = 2**10  # elements
@@ -206,6 +205,13 @@ def _unrounded(node: ir.Node) -> Iterator[ir.Value]:
         value = producer.inputs[0] if producer.op_type == "Add" else None
 
 
+def constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
+    """The initialiser of that name, made of ``value`` where it is not there yet."""
+    if name not in graph.initializers:
+        graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(value, name=name)))
+    return graph.initializers[name]
+
+
 def fuse_rotary(model: ir.Model) -> int:
     """Make one operator of each rotary embedding by a constant table: ONNX Runtime's ``RotaryEmbedding``.
 
@@ -220,9 +226,7 @@ def fuse_rotary(model: ir.Model) -> int:
         if found is None:
             continue
         x, table = found
-        if (first := graph.initializers.get(_FIRST_ROW)) is None:
-            first = ir.Value(name=_FIRST_ROW, const_value=ir.tensor(np.zeros(1, np.int64), name=_FIRST_ROW))
-            graph.register_initializer(first)
+        first = constant(graph, "rotary.first_row", np.zeros(1, np.int64))
         old, new = node.outputs[0], ir.node("RotaryEmbedding", [x, first, *table], domain=MS)
         graph.insert_before(node, new)
         rotated, name = new.outputs[0], old.name
@@ -256,7 +260,7 @@ def _rotary(node: ir.Node) -> tuple[ir.Value, tuple[ir.Value, ir.Value]] | None:
     rows, width = x.shape[2], x.shape[3]
     half = width // 2 if isinstance(width, int) else None
     whole = all(table.shape is not None and tuple(table.shape) == (rows, half) for table in (cos, sin))
-    return (x, (cos, sin)) if whole and len(split.outputs) == 2 and len(split.inputs) == 1 else None
+    return (x, (cos, sin)) if whole and len(split.inputs) == 1 else None
 
 
 def _axis(node: ir.Node) -> int | None:

@@ -30,7 +30,7 @@ import onnx_ir as ir
 
 from famexport.checkpoint import EMBED_WEIGHT
 from famexport.errors import FamExportError, NumericError
-from famexport.export.passes import MS, fuse_rotary
+from famexport.export.passes import MS, constant, fuse_rotary
 from famexport.export.source import Source
 from famexport.tensorfile import TensorEntry
 
@@ -204,10 +204,7 @@ class _Products:
         return node.outputs[0]
 
     def _constant(self, name: str, value: Any) -> ir.Value:
-        name = f"quantize.{name}"
-        if name not in self._graph.initializers:
-            self._graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(value, name=name)))
-        return self._graph.initializers[name]
+        return constant(self._graph, f"quantize.{name}", value)
 
     def _initializer(self, entry: TensorEntry) -> ir.Value:
         if entry.name not in self._graph.initializers:

@@ -17,6 +17,7 @@ from famexport.runtime.backend import STORAGE, Backend
 from famexport.runtime.host import HostLoop
 from famexport.tensorfile import read_header
 
+_CONVERT = "session.x64quantprecision"  # signed weights to unsigned, as they are loaded
 _SIGNED_PRODUCT = Path(__file__).parent / "signed_product.onnx"
 _ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7, "int32": 6, "bool": 9, "int8": 3, "uint8": 2}
 
@@ -30,6 +31,16 @@ def import_onnxruntime() -> Any:
     except ImportError as exc:
         raise MissingDependencyError("onnxruntime", "cpu", "the backend ort-cpu") from exc
     return onnxruntime
+
+
+def add_int8_options(options: Any) -> None:
+    """Have a session load signed weights so that their products with unsigned rows are right on this CPU.
+
+    Raises:
+        IncompatibleError: as ``signed_products_overflow``.
+    """
+    if signed_products_overflow():
+        options.add_session_config_entry(_CONVERT, "1")
 
 
 @cache
@@ -67,12 +78,13 @@ def _signed_products_are_right(ort: Any, *, converted: bool) -> bool:
     """One row, several, and as many as kernels take at once: rows of 195 to 255, times weights of -127 to 127."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry("session.x64quantprecision", str(int(converted)))
+    options.add_session_config_entry(_CONVERT, str(int(converted)))
     session = ort.InferenceSession(str(_SIGNED_PRODUCT), options, providers=[OrtCpu.provider])
+    weight = signed_weight()
     for count in (1, 16, 40, 80):
         rows = (255 - np.arange(count * 96) % 61).astype(np.uint8).reshape(count, 96)
         (sums,) = session.run(None, {"rows": rows})
-        if (sums != (rows.astype(np.int64) - 128) @ signed_weight()).any():
+        if (sums != (rows.astype(np.int64) - 128) @ weight).any():
             return False
     return True
 
@@ -118,8 +130,8 @@ class OrtCpu(Backend):
         options.log_severity_level = 4  # errors come as exceptions; what it logs besides is no news to a user
         if threads:
             options.intra_op_num_threads = threads
-        if self.precision in QUANTIZED and signed_products_overflow():
-            options.add_session_config_entry("session.x64quantprecision", "1")  # it loads weights as unsigned
+        if self.precision in QUANTIZED:
+            add_int8_options(options)
         disabled = None
         if shared:
             disabled = ["ConstantFolding"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from famexport.config import preset
+from famexport.runtime import ort
 from samples import products as module
 
 
@@ -40,9 +41,9 @@ def test_it_prints_each_way_of_multiplying(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(("int8", "overflow"), [(False, False), (True, False), (True, True)])
 def test_onnxruntime_computes_them(monkeypatch: pytest.MonkeyPatch, int8: bool, overflow: bool) -> None:
-    if int8 and not overflow and module.signed_products_overflow():
+    if int8 and not overflow and ort.signed_products_overflow():
         pytest.skip("only converted weights are right on this CPU")
-    monkeypatch.setattr(module, "signed_products_overflow", lambda: overflow)
+    monkeypatch.setattr(ort, "signed_products_overflow", lambda: overflow)
     made: list[np.ndarray] = []
     real = np.random.default_rng
 
