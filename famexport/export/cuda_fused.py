@@ -63,20 +63,22 @@ class Fused:
         bias: ir.Value | None,
         fam_base: ir.Value | None,
         fam_next: ir.Value | None,
-    ) -> tuple[ir.Value, ir.Value]:
-        """base [b, n, D], float32, + delta -> the sum, float32, and its norm.
+        *,
+        apart: bool,
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """base [b, n, D], float32, + delta -> the sum, float32, and its norm; with ``apart`` the sum's first F rows.
 
         Args:
-            fam_base: float32 [b, F+T, D], whose first F rows stand for those of ``base``.
-            fam_next: likewise, whose first F rows are normed in place of the sum's.
+            fam_base: float32 [b, F, D], which stands for the first F rows of ``base``.
+            fam_next: likewise, normed in place of the sum's.
         """
         c, inputs = self.config, (base, weight, delta, fam_base, fam_next, bias)
-        fam = 0 if fam_base is fam_next is None else c.fam_length
-        total, normed = self._ops(
-            "SkipNorm", *inputs, outputs=2, fam=fam, epsilon=c.norm_eps, centered=int(c.norm == "layernorm")
-        )
-        total.dtype = ir.DataType.FLOAT
-        return total, normed
+        fam = c.fam_length if apart or fam_base or fam_next else 0
+        attributes = {"fam": fam, "epsilon": c.norm_eps, "centered": int(c.norm == "layernorm")}
+        total, normed, *first = self._ops("SkipNorm", *inputs, outputs=3 if apart else 2, **attributes)
+        for value in (total, *first):
+            value.dtype = ir.DataType.FLOAT
+        return total, normed, first[0] if first else None
 
     def gated_act(self, gate_up: ir.Value) -> ir.Value:
         """gate_up [b, n, 2I] -> act(gate) * up [b, n, I]."""

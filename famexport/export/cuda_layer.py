@@ -17,7 +17,7 @@ class Residual:
 
     Args:
         delta: to be added, in the weights' dtype.
-        fam: its first F rows stand for those of ``base``.
+        fam: [b, F, D], which stands for the first F rows of ``base``.
     """
 
     base: ir.Value
@@ -59,7 +59,7 @@ class LayerStep(Step):
     def _memory(self, i: int, own: Sequence[ir.Value]) -> Sequence[ir.Value]:
         """Keys and values [b, columns, Hkv*Dh] of the slots, followed by those of the open block."""
         pairs = zip(self._slots(i), own, strict=False)
-        return [self.net.op("Concat", *past, value, axis=1) for past, value in pairs] or own
+        return [self._join(*past, value) for past, value in pairs] or own
 
     @property
     def _slot_shape(self) -> tuple[int, int, int]:
@@ -94,9 +94,10 @@ class LayerStep(Step):
         return self.net.op("Add", base, self._float(delta))
 
     def _skip_norm(
-        self, x: Residual, name: str, fam: tuple[ir.Value, ir.Value] | None = None
-    ) -> tuple[ir.Value, Residual, ir.Value]:
-        """The rows as they were left; the residual from here; and the normed rows, in the weights' dtype.
+        self, x: Residual, name: str, fam: tuple[ir.Value, ir.Value] | None = None, *, apart: bool = False
+    ) -> tuple[ir.Value | None, Residual, ir.Value]:
+        """With ``apart`` the first F rows as they were left; the residual from here; and the normed rows, in the
+        weights' dtype.
 
         Args:
             fam: as ``_fam`` gives it: what from here stands for the first F rows.
@@ -104,28 +105,38 @@ class LayerStep(Step):
         if self.fused:
             scale, bias = self._norm_weights(name, self.c.hidden_size)
             state = None if fam is None else fam[0]
-            whole, normed = self.kernels.skip_norm(x.base, x.delta, scale, bias, x.fam, state)
-            return whole, Residual(whole, fam=state), normed
-        rows = residual = x.base
-        if fam is not None:
-            rows = residual = self.net.op("Where", self.is_fam, fam[0], x.base)
-            if fam[1] is not fam[0]:
-                residual = self.net.op("Where", self.is_fam, fam[1], x.base)
-        return x.base, Residual(residual), self._norm(rows, name, self.c.hidden_size)
+            whole, normed, left = self.kernels.skip_norm(x.base, x.delta, scale, bias, x.fam, state, apart=apart)
+            return left, Residual(whole, fam=state), normed
+        if fam is None:
+            return None, x, self._norm(x.base, name, self.c.hidden_size)
+        left, tokens = self._split(x.base, self.c.fam_length, self.c.block_size)
+        rows = residual = self._join(fam[0], tokens)
+        if fam[1] is not fam[0]:
+            residual = self._join(fam[1], tokens)
+        return left if apart else None, Residual(residual), self._norm(rows, name, self.c.hidden_size)
 
-    def _head(self, x: Residual, rows: int, pick: Callable[[ir.Value], ir.Value]) -> ir.Value:
-        """Logits of the rows that ``pick`` gives, the first output. Returns the rows as the last layer left them."""
-        c, net, weight = self.c, self.net, self.embed
+    def _head(
+        self, x: Residual, rows: int, pick: Callable[[ir.Value], ir.Value], *, apart: bool = False
+    ) -> ir.Value | None:
+        """Logits of the rows that ``pick`` gives, the first output. Returns with ``apart`` the first F rows as the last
+        layer left them."""
+        c, net, weight, left = self.c, self.net, self.embed, None
         if self.fused:
-            whole, _, normed = self._skip_norm(x, "model.norm")
+            left, _, normed = self._skip_norm(x, "model.norm", apart=apart)
             normed = pick(normed)
         else:
-            whole, normed = x.base, self._norm(pick(x.base), "model.norm", c.hidden_size)
+            if apart:
+                left = self._slice(x.base, 0, c.fam_length)
+            normed = self._norm(pick(x.base), "model.norm", c.hidden_size)
         if weight is None or not c.tie_word_embeddings:
             weight = net.input("lm_head.weight", self.type, (c.vocab_size, c.hidden_size))
         logits = self._float(self._product(normed, weight, None))
         self.outputs.insert(0, net.output(logits, "logits", ir.DataType.FLOAT, (self.plan.batch, rows, c.vocab_size)))
-        return whole
+        return left
+
+    def _give_fam(self, i: int, fam: ir.Value | None) -> None:
+        if fam is not None:
+            self.outputs.append(self.net.output(fam, f"present_fam_{i:02d}", ir.DataType.FLOAT, self._fam_shape))
 
     def _repeat(self, x: ir.Value, columns: int) -> ir.Value:
         """Key/value heads once for each query head of their group."""

@@ -52,7 +52,6 @@ class Step:
         self.kernels = Fused(self.net, plan.config, self.type)
         self.fused = plan.fused and steady and takes_norms(plan.config)
         self.thin_rows = 0  # of a call, where the operators for few rows take them
-        self.is_fam: ir.Value | None = None
         self.outputs: list[ir.Value] = []
         self.count: ir.Value | None = None
         self.started: ir.Value | None = None
@@ -95,15 +94,18 @@ class Step:
             self.fam_init = net.input("fam_init", ir.DataType.FLOAT, shape)
 
     def _fam(self, i: int) -> tuple[ir.Value, ir.Value]:
-        """F_{tau-1} of a layer and its residual, float32; in their first F of [b, F+T, D] rows."""
-        net, b, r, d = self.net, self.plan.batch, self.plan.rows, self.c.hidden_size
-        past = net.input(f"past_fam_{i:02d}", ir.DataType.FLOAT, (b, r, d))
+        """F_{tau-1} of a layer and its residual, float32 [b, F, D]."""
+        net = self.net
+        past = net.input(f"past_fam_{i:02d}", ir.DataType.FLOAT, self._fam_shape)
         if self.started is None:
             return past, past
         first = net.op("Gather", self.fam_init, net.ints(i), axis=0)  # [1, F, D]
-        first = net.op("Concat", first, self._zeros(1, self.c.block_size, d), axis=1)
         nothing = net.constant(np.zeros((), np.float32))
         return net.op("Where", self.started, past, first), net.op("Where", self.started, past, nothing)
+
+    @property
+    def _fam_shape(self) -> tuple[int, int, int]:
+        return self.plan.batch, self.c.fam_length, self.c.hidden_size
 
     def _tables(self, *wanted: str) -> dict[str, list[ir.Value]]:
         """Cos and sin by the names of ``Rope``; ``slots`` is for the keys [slots; FAM; tokens] of a ring.
@@ -197,6 +199,12 @@ class Step:
 
     def _slice(self, x: ir.Value, start: int, end: int) -> ir.Value:
         return self.net.op("Slice", x, self.net.ints(start), self.net.ints(end), self.net.ints(1))
+
+    def _split(self, x: ir.Value, *rows: int) -> Sequence[ir.Value]:
+        return self.net.ops("Split", x, self.net.ints(*rows), outputs=len(rows), axis=1)
+
+    def _join(self, *rows: ir.Value) -> ir.Value:
+        return self.net.op("Concat", *rows, axis=1)
 
     def _zeros(self, *shape: int) -> ir.Value:
         return self.net.constant(np.zeros(shape, np.float32))

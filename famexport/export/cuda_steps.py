@@ -4,7 +4,6 @@ Same maths as ``model.py``, another form, because on a GPU a step is bound by it
 
 - Weights are graph inputs, so that all graphs use one copy on the device. Query, key and value weights are one input:
   they lie one after the other in memory.
-- A layer's whole rows [FAM; tokens] are its FAM state; the next block reads the first F of them. Nothing is sliced.
 - Memory is M slots of one block each, and a call gives the new block's slot alone: the loop turns the ring.
 - One attention call for FAM and tokens, with a bias that says what each row sees of the columns [slots; FAM; tokens].
   A slot keeps the FAM keys of its block, which nothing sees: they cost less than taking them out.
@@ -44,22 +43,21 @@ class BlockStep(LayerStep):
         self.tables = self._tables(*(("query", "slots") if self.packed else ()))
         if not self.causal:
             self.bias = self._bias(net.constant(np.concatenate([np.full(f, t), np.arange(t)])[None, None, :, None]))
-        if f and not self.fused:
-            self.is_fam = net.constant(np.arange(r)[None, :, None] < f)
         embedded = self._embedded(fed)
         if f:
-            embedded = net.op("Concat", self._zeros(self.plan.batch, f, c.hidden_size), embedded, axis=1)
+            embedded = self._join(self._zeros(*self._fam_shape), embedded)
         x = Residual(embedded)
         for i in range(c.num_hidden_layers):
             x = self._layer(i, x)
         n = 1 if self.plan.logits == "last" else t
-        self._give_fam(c.num_hidden_layers - 1, self._head(x, n, lambda x: x if n == r else self._slice(x, r - n, r)))
+        left = self._head(x, n, lambda x: x if n == r else self._slice(x, r - n, r), apart=f > 0)
+        self._give_fam(c.num_hidden_layers - 1, left)
         return self.graph("block_step")
 
     def _layer(self, i: int, x: Residual) -> Residual:
         fam = self._fam(i) if self.c.fam_length else None
-        whole, x, z = self._skip_norm(x, f"model.layers.{i}.input_layernorm", fam)
-        self._give_fam(i - 1, whole)
+        left, x, z = self._skip_norm(x, f"model.layers.{i}.input_layernorm", fam, apart=fam is not None and i > 0)
+        self._give_fam(i - 1, left)
         qkv = self._qkv(i, z)
         if self.packed:
             return self._finish(i, x, self._packed(i, qkv))
@@ -80,7 +78,7 @@ class BlockStep(LayerStep):
         if split:
             fam_q, keys, values, *fam_seen = seen
             tokens = self._attention(q, keys, values, unidirectional=1)
-            return self.net.op("Concat", self._attention(fam_q, *fam_seen), tokens, axis=1)
+            return self._join(self._attention(fam_q, *fam_seen), tokens)
         keys, values = seen
         if self.causal:
             return self._attention(q, keys, values, unidirectional=1)
@@ -90,11 +88,6 @@ class BlockStep(LayerStep):
         if self.c.memory_segments:
             for kind, value in zip(_KINDS, own, strict=True):
                 self.outputs.append(self.net.output(value, f"present_{kind}_{i:02d}", self.type, self._slot_shape))
-
-    def _give_fam(self, i: int, whole: ir.Value) -> None:
-        if self.c.fam_length and i >= 0:
-            shape = self.plan.batch, self.plan.rows, self.c.hidden_size
-            self.outputs.append(self.net.output(whole, f"present_fam_{i:02d}", ir.DataType.FLOAT, shape))
 
 
 class AppendStep(LayerStep):
@@ -160,10 +153,10 @@ class AppendStep(LayerStep):
         return self.net.op("Add", kept, self.net.op("Mul", new, hit))
 
     def _layer(self, i: int, x: Residual) -> Residual:
-        net, c, f, name = self.net, self.c, self.c.fam_length, f"model.layers.{i}.input_layernorm"
+        c, f, name = self.c, self.c.fam_length, f"model.layers.{i}.input_layernorm"
         begins = f > 0 and not self.steady
         if begins:
-            z = self._norm(net.op("Concat", self._slice(self._fam(i)[0], 0, f), x.base, axis=1), name, c.hidden_size)
+            z = self._norm(self._join(self._fam(i)[0], x.base), name, c.hidden_size)
             qkv = self._qkv(i, z)
         else:
             x, qkv = self._normed_linear(x, name, *self._qkv_proj(i))
@@ -188,9 +181,9 @@ class AppendStep(LayerStep):
 
     def _open(self, i: int, kind: str, new: ir.Value, begins: bool) -> ir.Value:
         """The open block's slot with the chunk's keys or values."""
-        net, f, r, slot = self.net, self.c.fam_length, self.plan.rows, self._open_slot(i, kind)
+        f, r, slot = self.c.fam_length, self.plan.rows, self._open_slot(i, kind)
         if begins:
-            slot = net.op("Concat", self._slice(new, 0, f), self._slice(slot, f, r), axis=1)
+            slot = self._join(self._slice(new, 0, f), self._slice(slot, f, r))
             new = self._slice(new, f, f + self.chunk)
         return self._write(slot, new)
 
@@ -203,16 +196,14 @@ class CommitBlock(LayerStep):
     """``commit_block`` as if every row's open block were full; the loop takes over those that are."""
 
     def model(self) -> ir.Model:
-        c, net, b, f, r, t = self.c, self.net, self.plan.batch, self.c.fam_length, self.plan.rows, self.c.block_size
+        c, net, f = self.c, self.net, self.c.fam_length
         if f:
             self._see_start()
         self.tables = self._tables()
         for i in range(c.num_hidden_layers):
             opened = {kind: self._open_slot(i, kind) for kind in _KINDS}
             if f:
-                rows = net.op("Concat", self._layer(i, opened), self._zeros(b, t, c.hidden_size), axis=1)
-                shape = b, r, c.hidden_size
-                self.outputs.append(net.output(rows, f"present_fam_{i:02d}", ir.DataType.FLOAT, shape))
+                self._give_fam(i, self._layer(i, opened))
             if c.memory_segments:
                 for kind, slot in opened.items():
                     copied = net.op("Identity", slot)
@@ -221,18 +212,15 @@ class CommitBlock(LayerStep):
 
     def _layer(self, i: int, opened: dict[str, ir.Value]) -> ir.Value:
         """F_tau [b, F, D]."""
-        net, f, r = self.net, self.c.fam_length, self.plan.rows
+        f, r = self.c.fam_length, self.plan.rows
         name = f"model.layers.{i}.input_layernorm"
         if self.fused:
-            _, x, z = self._skip_norm(Residual(self._slice(self._fam(i)[0], 0, f)), name)
+            _, x, z = self._skip_norm(Residual(self._fam(i)[0]), name)
         else:
-            fam, residual = (self._slice(value, 0, f) for value in self._fam(i))
+            fam, residual = self._fam(i)
             x, z = Residual(residual), self._norm(fam, name, self.c.hidden_size)
         q, *kv = self._heads(i, self._qkv(i, z))
-        keys, values = (
-            net.op("Concat", new, self._slice(slot, f, r), axis=1)
-            for new, slot in zip(kv, opened.values(), strict=True)
-        )
+        keys, values = (self._join(new, self._slice(slot, f, r)) for new, slot in zip(kv, opened.values(), strict=True))
         q, keys = self._rotate(q, self.tables["fam_query"]), self._rotate(keys, self.tables["key"])
         x = self._finish(i, x, self._attend(q, keys, values, r, None))
         return x.base if x.delta is None else self._sum(x.base, x.delta)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -52,6 +53,7 @@ class DeviceLoop(Loop):
             if wrong := {o: i for o, i in self._aliased[name].items() if own.get(o) != i}:
                 raise IncompatibleError(f"{name} shares {wrong}; only a state and its own successor can share memory")
         self._ready = self._closed = False
+        self._blank = True  # all states are zeros
         self._done, self._appended = BLOCK, np.zeros(batch, np.int64)  # what the last call did
         self._captured: dict[Key, int] = {}
         self._known: dict[Key, dict[str, int]] = {}  # addresses
@@ -123,6 +125,7 @@ class DeviceLoop(Loop):
         self._cuda.bind()
         if not self._ready:
             self.warm_up()
+        self._blank = False
         name = self._for_now(call, name)
         for spec, array in inputs.items():
             np.copyto(self._fed[name][spec], array)
@@ -175,17 +178,29 @@ class DeviceLoop(Loop):
             self._cuda.bind()
             self._drop_graphs()
             self._cuda.prepare()
-            saved = self._cuda.malloc(self._state.span)
-            try:
-                self._cuda.copy(saved, self._base, self._state.span)
-                try:
-                    self._warm_up_all()
-                finally:
-                    self._cuda.copy(self._base, saved, self._state.span)
-                    self._cuda.synchronize()
-            finally:
-                self._cuda.free(saved)
+            with self._kept_state():
+                self._warm_up_all()
             self._ready = True
+
+    @contextmanager
+    def _kept_state(self) -> Iterator[None]:
+        """State is in the end what it was: from a copy, which would be what a loop needs most memory for, or zeros."""
+        cuda, span = self._cuda, self._state.span
+        saved = 0 if self._blank else cuda.malloc(span)
+        try:
+            if saved:
+                cuda.copy(saved, self._base, span)
+            try:
+                yield
+            finally:
+                if saved:
+                    cuda.copy(self._base, saved, span)
+                else:
+                    cuda.memset(self._base, 0, span)
+                cuda.synchronize()
+        finally:
+            if saved:
+                cuda.free(saved)
 
     def _warm_up_all(self) -> None:
         for key in [key for name in self._graphs for key in self._keys(name)]:
@@ -306,6 +321,7 @@ class DeviceLoop(Loop):
     def write(self, state: Mapping[str, np.ndarray], row: int | None = None) -> None:
         with self._cuda.lock:
             self._cuda.bind()
+            self._blank = False
             for name, array in state.items():
                 self._state.write(name, array, row)
 

@@ -74,19 +74,17 @@ def plain_layout(contract: StepContract, names: Sequence[str]) -> Layout:
 def ring_layout(contract: StepContract, rows: int) -> Layout:
     """What the graphs of ``export/cuda_steps.py`` work on.
 
-    FAM is the first F rows of its layer's whole rows [b, F+T, D]. Memory is M slots [b, F+T, Hkv*Dh] of keys, as the
-    projection gave them, those of FAM before the block's; values likewise. The open block is one more such slot.
+    Memory is M slots [b, F+T, Hkv*Dh] of keys, as the projection gave them, those of FAM before the block's; values
+    likewise. The open block is one more such slot.
 
     Args:
         rows: F + T.
     """
-    t, f, m = contract.block_size, contract.fam_length, contract.memory_segments
+    t, m = contract.block_size, contract.memory_segments
     stored = {}
     for spec in contract.all_states:
-        if spec.name in HOST:
+        if spec.name in HOST or spec.name.startswith("past_fam"):
             stored[spec.name] = _as_it_is(spec)
-        elif spec.name.startswith("past_fam"):
-            stored[spec.name] = _fam(spec, rows, f)
         elif spec in contract.open_states:
             stored[spec.name] = _memory(spec, rows, t, 1, (spec.name,))
         else:
@@ -108,17 +106,6 @@ def ring_layout(contract: StepContract, rows: int) -> Layout:
 
 def _as_it_is(spec: TensorSpec) -> Stored:
     return Stored(spec, tuple(int(n) for n in spec.shape[1:]), (spec.name,), lambda slots: slots[0], lambda a: [a])
-
-
-def _fam(spec: TensorSpec, rows: int, f: int) -> Stored:
-    width = int(spec.shape[2])
-
-    def slots(array: np.ndarray) -> list[np.ndarray]:
-        whole = np.zeros((len(array), rows, width), array.dtype)
-        whole[:, :f] = array
-        return [whole]
-
-    return Stored(spec, (rows, width), (spec.name,), lambda kept: kept[0][:, :f], slots)
 
 
 def _memory(spec: TensorSpec, rows: int, t: int, m: int, names: Sequence[str]) -> Stored:

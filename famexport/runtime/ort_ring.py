@@ -192,7 +192,8 @@ class RingEnqueuer(OrtEnqueuer):
             problems = _problems(session.get_inputs(), taken) + _problems(session.get_outputs(), given)
             absent = given.keys() - {value.name for value in session.get_outputs()}
             problems += [f"it does not give {name}" for name in sorted(absent)]
-            raise_problems(BundleError, f"the graph {name} made for CUDA", problems)
+            subject = f"the graph {name} made for CUDA does not fit this famexport (export the bundle again)"
+            raise_problems(BundleError, subject, problems)
         weights.retain()
 
     def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:

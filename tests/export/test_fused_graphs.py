@@ -249,6 +249,7 @@ def test_a_fused_graph_takes_and_gives_what_the_plain_one_does(dtype: str, step:
     typed = specs([*fused.graph.value_info, *fused.graph.output])
     assert given <= typed.keys()  # ONNX Runtime does not infer them all
     floats = {output for n in fused.graph.node if "Norm" in n.op_type and n.domain for output in n.output[:1]}
+    floats |= {output for n in fused.graph.node if n.op_type == "SkipNorm" for output in n.output[2:]}
     floats |= {output for n in fused.graph.node if n.op_type == "TokenAttention" for output in n.output[3:]}
     kind = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[dtype]
     assert {typed[name][0] for name in given - floats - {"logits"}} == {kind}

@@ -72,15 +72,15 @@ def skip_norm(
     r = np.random.default_rng(seed)
     base, weight = r.normal(size=(b, n, d)), r.normal(size=d)
     added, bias = (r.normal(size=(b, n, d)) if delta else None), (r.normal(size=d) if centered else None)
-    fam_base, fam_next = (r.normal(size=(b, fam + 3, d)) for _ in range(2)) if fam else (None, None)
+    fam_base, fam_next = (r.normal(size=(b, fam, d)) for _ in range(2)) if fam else (None, None)
     total = base.copy()
     if fam_base is not None:
-        total[:, :fam] = fam_base[:, :fam]
+        total[:, :fam] = fam_base
     if added is not None:
         total = total + added
     rows = total.copy()
     if fam_next is not None:
-        rows[:, :fam] = fam_next[:, :fam]
+        rows[:, :fam] = fam_next
     if centered:
         rows = rows - rows.mean(-1, keepdims=True)
     normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * weight
@@ -88,7 +88,8 @@ def skip_norm(
     given = [None if pair[1] is None else pair for pair in inputs]
     attributes = {"fam": fam, "epsilon": 1e-5, "centered": int(centered)}
     label = f"{b}x{n}x{d} fam {fam} {'delta ' * delta}{'centered' * centered}"
-    return Case("SkipNorm", given, "fT", [total, normed if bias is None else normed + bias], attributes, label)
+    outputs = [total, normed if bias is None else normed + bias, *([total[:, :fam]] if fam else [])]
+    return Case("SkipNorm", given, "fTf"[: len(outputs)], outputs, attributes, label)
 
 
 def gated_act(b: int, n: int, inner: int, act: int, seed: int = 0) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,11 @@ BLOCK, TOKEN = block_memory(Shape(), True), token_attention(Shape(), [1], [1], 1
 WRONG = [
     (resized(skip_norm(1, 5, 64), 1, (63,)), r"weight of SkipNorm is \[63\], expected \[64\]"),
     (resized(skip_norm(1, 5, 64), 2, (1, 4, 64)), r"delta of SkipNorm is \[1, 4, 64\]"),
-    (resized(skip_norm(1, 5, 64, fam=2), 3, (1, 1, 64)), "too few rows"),
+    (resized(skip_norm(1, 5, 64, fam=2), 3, (1, 3, 64)), r"FAM's state of SkipNorm is \[1, 3, 64\]"),
+    (
+        replace(skip_norm(1, 5, 64, fam=2), attributes={"fam": 6, "epsilon": 1e-5, "centered": 0}),
+        "no number of its rows",
+    ),
     (resized(BLOCK, 0, (1, 12, 95)), "qkv has no width"),
     (resized(BLOCK, 3, (47, 8)), r"key_cos is \[47, 8\], expected \[48, 8\]"),
     (resized(BLOCK, 6, (1, 11, 32)), r"a slot is \[1, 11, 32\]"),

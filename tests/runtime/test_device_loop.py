@@ -150,6 +150,22 @@ def test_warm_up_restores_the_state(sessions: Sessions, name: str, kind: dict[st
     loop.close()
 
 
+def test_warm_up_copies_no_state_of_zeros(sessions: Sessions, kind: dict[str, bool]) -> None:
+    """A copy would be what a loop needs most memory for. Its buffers hold what is left over when it is warmed up."""
+    session = sessions("all_rows")
+    opened = over(session, **kind)
+    loop, mallocs = opened._open(None), []
+    for written in (False, True):
+        if written:
+            loop.write({s.name: np.ones(s.shape, STORAGE[s.dtype]) for s in session.contract.all_states})
+        before = opened.backend.cuda.mallocs
+        loop.warm_up()
+        mallocs.append(opened.backend.cuda.mallocs - before)
+        assert all((loop.tensor(s.name) == written).all() for s in session.contract.all_states)
+    assert mallocs == [0, 1]
+    loop.close()
+
+
 def test_a_failing_engine_leaves_the_state(sessions: Sessions) -> None:
     for options in ({"capture": False}, {"capture": False, "aliased": True}):
         with over(sessions("plain"), **options).stream() as stream:

@@ -170,6 +170,7 @@ def test_a_failed_check_keeps_the_state(exported: Callable[..., Path], ring_back
     ("name", "shape", "says"),
     [
         ("present_key_00", [1, 24, 16], "present_key_00 is 1536 bytes of float32, expected 768"),
+        ("present_fam_00", [1, 12, 32], r"\(export the bundle again\): present_fam_00 is 1536 bytes"),  # as once made
         ("logits", [1, 8, 960], "logits is 30720 bytes of float32, expected 3072"),
         ("present_fam_07", [1, 12, 32], "'present_fam_07' tensor.float. .* is nothing that a step has"),
         ("present_fam_00", ["n", 12, 32], "is nothing that a step has"),

@@ -1,4 +1,5 @@
-// SkipNorm: the residual sum and its norm. A row of FAM takes what is added to, or what is normed, from FAM's state.
+// SkipNorm: the residual sum and its norm. A row of FAM takes what is added to, or what is normed, from FAM's state, and
+// its sum is given apart as well, where that is wanted.
 #pragma once
 #include "device.h"
 
@@ -6,23 +7,26 @@ template <class T>
 struct NormRows {
   const float* base;
   const T* delta;         // null: nothing is added
-  const float* fam_base;  // [b, base_rows, width], null: rows of FAM are as the others
-  const float* fam_next;  // [b, next_rows, width], likewise
+  const float* fam_base;  // [b, fam, width], null: rows of FAM are as the others
+  const float* fam_next;  // [b, fam, width], likewise
   const T* weight;
   const T* bias;
   float* sum;
   T* normed;
-  int64_t rows, width, base_rows, next_rows;
-  int fam;
+  float* fam_sum;  // [b, fam, width], or null
+  int64_t rows, width, fam;
   float epsilon;
   bool centered;
 
-  // Of row r of batch row b: where its sum begins, and what is normed in its place if anything is.
+  // Of row r of batch row b: where its sum begins, what is normed in its place if anything is, and where else it goes.
   ANYWHERE const float* summed(int64_t b, int64_t r) const {
-    return fam_base && r < fam ? fam_base + (b * base_rows + r) * width : base + (b * rows + r) * width;
+    return fam_base && r < fam ? fam_base + (b * fam + r) * width : base + (b * rows + r) * width;
   }
   ANYWHERE const float* replaced(int64_t b, int64_t r) const {
-    return fam_next && r < fam ? fam_next + (b * next_rows + r) * width : nullptr;
+    return fam_next && r < fam ? fam_next + (b * fam + r) * width : nullptr;
+  }
+  ANYWHERE float* kept(int64_t b, int64_t r) const {
+    return fam_sum && r < fam ? fam_sum + (b * fam + r) * width : nullptr;
   }
   ANYWHERE float added(int64_t row, int64_t d) const { return delta ? widened(delta[row * width + d]) : 0.f; }
   ANYWHERE T scaled(float x, int64_t d) const {
@@ -35,10 +39,12 @@ void norm_rows(const Cpu&, const NormRows<T>& n, int64_t count) {
   std::vector<float> row(n.width);
   for (int64_t i = 0; i < count; ++i) {
     const float *from = n.summed(i / n.rows, i % n.rows), *instead = n.replaced(i / n.rows, i % n.rows);
+    float* kept = n.kept(i / n.rows, i % n.rows);
     double total = 0, squares = 0;
     for (int64_t d = 0; d < n.width; ++d) {
       const float sum = from[d] + n.added(i, d);
       n.sum[i * n.width + d] = sum;
+      if (kept) kept[d] = sum;
       row[d] = instead ? instead[d] : sum;
       total += row[d];
     }
@@ -65,6 +71,7 @@ __global__ void norm_row(NormRows<T> n) {
   wait_for_previous();
   const int64_t i = blockIdx.x;
   const float *from = n.summed(i / n.rows, i % n.rows), *instead = n.replaced(i / n.rows, i % n.rows);
+  float* kept = n.kept(i / n.rows, i % n.rows);
   float total = 0, squares = 0;
   for (int d = threadIdx.x * V; d < n.width; d += blockDim.x * V) {
     Wide x = *reinterpret_cast<const Wide*>(from + d);
@@ -74,6 +81,7 @@ __global__ void norm_row(NormRows<T> n) {
       for (int k = 0; k < V; ++k) x.item[k] += widened(delta.item[k]);
     }
     *reinterpret_cast<Wide*>(n.sum + i * n.width + d) = x;
+    if (kept) *reinterpret_cast<Wide*>(kept + d) = x;
     if (instead) x = *reinterpret_cast<const Wide*>(instead + d);
     *reinterpret_cast<Wide*>(row + d) = x;
     UNROLL
@@ -109,7 +117,7 @@ void norm_rows(const Cuda& cuda, const NormRows<T>& n, int64_t count) {
 #endif
 
 struct SkipNorm {
-  static constexpr const char *name = "SkipNorm", *inputs = "fTT?f?f?T?", *outputs = "fT";
+  static constexpr const char *name = "SkipNorm", *inputs = "fTT?f?f?T?", *outputs = "fTf?";
   explicit SkipNorm(const ort::Attributes& a)
       : fam(a.integer("fam")), epsilon(a.real("epsilon")), centered(a.integer("centered")) {}
 
@@ -122,16 +130,16 @@ struct SkipNorm {
     weight.sized({d}, "weight of SkipNorm");
     if (bias) bias.sized({d}, "bias of SkipNorm");
     if (delta) delta.sized(base.shape, "delta of SkipNorm");
+    ort::need(0 <= fam && fam <= n, "SkipNorm: fam is no number of its rows");
     for (const auto* state : {&fam_base, &fam_next}) {
-      if (!*state) continue;
-      ort::need(state->shape.size() == 3 && state->shape[1] >= fam, "SkipNorm: FAM's state has too few rows");
-      state->sized({b, state->shape[1], d}, "FAM's state of SkipNorm");
+      if (*state) state->sized({b, fam, d}, "FAM's state of SkipNorm");
     }
     const auto sum = context.output<float>(0, base.shape);
     const auto normed = context.output<T>(1, base.shape);
-    NormRows<T> rows{base.data, delta.data, fam_base.data, fam_next.data, weight.data, bias.data, sum.data, normed.data,
-                     n, d, fam_base ? fam_base.shape[1] : 0, fam_next ? fam_next.shape[1] : 0, int(fam), epsilon,
-                     centered != 0};
+    const auto fam_sum = context.wanted<float>(2, {b, fam, d});
+    NormRows<T> rows{base.data, delta.data,   fam_base.data, fam_next.data, weight.data, bias.data,
+                     sum.data,  normed.data, fam_sum.data,  n,             d,           fam,
+                     epsilon,   centered != 0};
     norm_rows(device, rows, b * n);
   }
 

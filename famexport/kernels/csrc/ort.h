@@ -59,6 +59,7 @@ enum Place {
   ATTRIBUTE_FLOAT = 85,
   ATTRIBUTE_INT64 = 86,
   INPUT_COUNT = 88,
+  OUTPUT_COUNT = 89,
   INPUT = 90,
   OUTPUT = 91,
   RELEASE_TYPE_AND_SHAPE = 99,
@@ -166,9 +167,19 @@ class Context {
 
   template <class T>
   Tensor<T> output(size_t index, const Shape& shape) {
+    const Tensor<T> given = wanted<T>(index, shape);
+    need(bool(given), "an output is not wanted that this operator always gives");
+    return given;
+  }
+
+  // Without data where an optional output is not wanted.
+  template <class T>
+  Tensor<T> wanted(size_t index, const Shape& shape) {
+    size_t count = 0;
+    call(OUTPUT_COUNT, static_cast<const void*>(context_), &count);
     void* value = nullptr;
-    call(OUTPUT, context_, index, shape.data(), shape.size(), &value);
-    need(value != nullptr, "an output is not wanted that this operator always gives");
+    if (index < count) call(OUTPUT, context_, index, shape.data(), shape.size(), &value);
+    if (value == nullptr) return {};
     return {static_cast<T*>(data(value)), shape};
   }
 
@@ -210,7 +221,7 @@ constexpr int element_type() {
 }
 
 // An operator for weights of type T on a device. `Op` names its inputs and outputs by letters: T, f (float32), i (int64);
-// a '?' after an input's letter makes it optional, a '*' after the last one variadic.
+// a '?' after a letter makes it optional, a '*' after the last input's variadic.
 template <class Op, class T, class Device>
 struct Registered : CustomOp {
   Registered() : CustomOp{} {
@@ -221,11 +232,8 @@ struct Registered : CustomOp {
     input_count = [](const CustomOp*) { return letters(Op::inputs); };
     output_type = [](const CustomOp*, size_t i) { return type(Op::outputs, i); };
     output_count = [](const CustomOp*) { return letters(Op::outputs); };
-    input_characteristic = [](const CustomOp*, size_t i) -> int {
-      const char mark = Op::inputs[place(Op::inputs, i) + 1];
-      return mark == '?' ? OPTIONAL : mark == '*' ? VARIADIC : REQUIRED;
-    };
-    output_characteristic = [](const CustomOp*, size_t) -> int { return REQUIRED; };
+    input_characteristic = [](const CustomOp*, size_t i) { return characteristic(Op::inputs, i); };
+    output_characteristic = [](const CustomOp*, size_t i) { return characteristic(Op::outputs, i); };
     input_memory = [](const CustomOp*, size_t) { return 0; };  // the device's
     variadic_input_minimum = [](const CustomOp*) { return 0; };
     variadic_input_homogeneous = variadic_output_homogeneous = variadic_output_minimum = [](const CustomOp*) {
@@ -260,6 +268,10 @@ struct Registered : CustomOp {
     for (;; ++at) {
       if (letter(spec[at]) && index-- == 0) return at;
     }
+  }
+  static int characteristic(const char* spec, size_t index) {
+    const char mark = spec[place(spec, index) + 1];
+    return mark == '?' ? OPTIONAL : mark == '*' ? VARIADIC : REQUIRED;
   }
   static int type(const char* spec, size_t index) {
     const char c = spec[place(spec, index)];
