@@ -134,7 +134,7 @@ class Ring:
         self.turn, self.count = (self.turn + 1) % self.positions, min(self.count + 1, full)
 
     def fam(self, layer: int) -> torch.Tensor:
-        return self.own[f"fam_{layer:02d}", (self.turn + self.positions - 2) % self.positions][:, : self.c.fam_length]
+        return self.own[f"fam_{layer:02d}", (self.turn + self.positions - 2) % self.positions]
 
 
 class Append:
