@@ -109,11 +109,11 @@ class LayerStep(Step):
             return left, Residual(whole, fam=state), normed
         if fam is None:
             return None, x, self._norm(x.base, name, self.c.hidden_size)
-        left, tokens = self._split(x.base, self.c.fam_length, self.c.block_size)
-        rows = residual = self._join(fam[0], tokens)
+        left = self._slice(x.base, 0, self.c.fam_length) if apart else None
+        rows = residual = self._over(fam[0], x.base)
         if fam[1] is not fam[0]:
-            residual = self._join(fam[1], tokens)
-        return left if apart else None, Residual(residual), self._norm(rows, name, self.c.hidden_size)
+            residual = self._over(fam[1], x.base)
+        return left, Residual(residual), self._norm(rows, name, self.c.hidden_size)
 
     def _head(
         self, x: Residual, rows: int, pick: Callable[[ir.Value], ir.Value], *, apart: bool = False
