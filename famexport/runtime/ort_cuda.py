@@ -61,6 +61,7 @@ class OrtCuda(Backend):
             ort.preload_dlls()  # CUDA and cuDNN from the wheels that pip installed
         self._cuda = Cuda()
         try:
+            self._options = self._session_options()
             for name in self._files:
                 self.sessions[name] = self._load(name)
         except BaseException:
@@ -81,17 +82,10 @@ class OrtCuda(Backend):
         """A session of one graph; ``extra``: options of the provider."""
         ort, graph, cuda = self._ort, self._files[name], self._cuda
         assert cuda is not None
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.enable_mem_pattern = False  # from the second run on it would hold all activations twice
-        if self._threads:
-            options.intra_op_num_threads = self._threads
-        if self.library is not None:
-            self._register(options, self.library)
         try:
             providers = self._providers(cuda.stream)
             providers[0][1].update(extra or {})
-            session = ort.InferenceSession(str(graph), options, providers=providers)
+            session = ort.InferenceSession(str(graph), self._options, providers=providers)
         except Exception as exc:  # onnxruntime raises a class of its own per status code
             raise IncompatibleError(
                 f"onnxruntime {ort.__version__} cannot load {graph.name} on {self.provider}: {_first_line(exc)}; "
@@ -103,6 +97,17 @@ class OrtCuda(Backend):
                 "do not load"
             )
         return session
+
+    def _session_options(self) -> Any:
+        """Those of all sessions, later ones too: the library is loaded once, right after it was checked."""
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 4
+        options.enable_mem_pattern = False  # from the second run on it would hold all activations twice
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        if self.library is not None:
+            self._register(options, self.library)
+        return options
 
     def _register(self, options: Any, library: Path) -> None:
         try:

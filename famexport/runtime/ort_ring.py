@@ -184,17 +184,21 @@ class RingEnqueuer(OrtEnqueuer):
         without_capture: Callable[[str, str], Any] | None = None,
     ) -> None:
         super().__init__(contract, batch, sessions)
-        self._weights, self._numbers, self._uncaptured = weights, numbers, uncaptured if uncaptured is not None else {}
+        self._layout, self._weights, self._numbers = layout, weights, numbers
+        self._uncaptured = uncaptured if uncaptured is not None else {}
         self._without_capture = without_capture
         for name, session in self._sessions.items():
-            taken, given = _sizes(layout, layout.graphs[name], batch)
-            taken |= {weight: (None, size) for weight, size in weights.sizes.items()}
-            problems = _problems(session.get_inputs(), taken) + _problems(session.get_outputs(), given)
-            absent = given.keys() - {value.name for value in session.get_outputs()}
-            problems += [f"it does not give {name}" for name in sorted(absent)]
-            subject = f"the graph {name} made for CUDA does not fit this famexport (export the bundle again)"
-            raise_problems(BundleError, subject, problems)
+            self._check(name, session)
         weights.retain()
+
+    def _check(self, name: str, session: Any) -> None:
+        taken, given = _sizes(self._layout, self._layout.graphs[name], self._batch)
+        taken |= {weight: (None, size) for weight, size in self._weights.sizes.items()}
+        problems = _problems(session.get_inputs(), taken) + _problems(session.get_outputs(), given)
+        absent = given.keys() - {value.name for value in session.get_outputs()}
+        problems += [f"it does not give {name}" for name in sorted(absent)]
+        subject = f"the graph {name} made for CUDA does not fit this famexport (export the bundle again)"
+        raise_problems(BundleError, subject, problems)
 
     def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
         """A run that fails where it may have been the capture that failed is done again without capture."""
@@ -205,6 +209,7 @@ class RingEnqueuer(OrtEnqueuer):
                 raise
             if (session := self._without_capture(graph, str(exc))) is None:
                 raise
+            self._check(graph, session)  # its file may be another by now
             for call in [call for call in self._calls if call[0] == graph]:
                 del self._calls[call]
             self._sessions[graph] = session

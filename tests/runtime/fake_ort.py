@@ -22,6 +22,7 @@ class FakeSession:
     made: list[FakeSession]
 
     def __init__(self, file: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> None:
+        self.options = options
         self.capture, self.file = providers[0][1].get("enable_cuda_graph") == "1", Path(file).name
         self.numbers: list[str] = []  # of each run
         if self.capture and any(name in self.file for name in self.refuses):
