@@ -6,34 +6,40 @@ python samples/stream_file.py BUNDLE TEXT STATE
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 import famexport as fx
 from famexport.runtime.feeding import token_source
-from famexport.runtime.score import log_probabilities
+from famexport.runtime.score import RunReport, run_tokens
 
 SAVE_EVERY = 8  # blocks
+
+
+def after(pieces: Iterable[np.ndarray], done: int) -> Iterator[np.ndarray]:
+    """Token ids without the first ``done``."""
+    for ids in pieces:
+        yield ids[done:]
+        done = max(done - len(ids), 0)
 
 
 def main(bundle: str, text: str, state: str) -> None:
     with fx.load(bundle) as session, session.stream() as stream:
         if Path(state).exists():
             stream.restore(fx.Snapshot.load(state))
-        size = session.contract.block_size
-        done, total, count = stream.blocks * size, 0.0, 0
+        done = stream.blocks * session.contract.block_size + stream.held
         print(f"from token {done} on")
-        ids = np.concatenate([np.zeros(0, np.int64), *token_source(session.bundle, Path(text))])
-        for start in range(done, len(ids) - size + 1, size):
-            block = ids[start : start + size]
-            logits = stream.step(block[None])[0]
-            total -= log_probabilities(logits[:-1], block[1:]).sum()
-            count += size - 1
-            if stream.blocks % SAVE_EVERY == 0:
+
+        def save(report: RunReport) -> None:
+            if report.blocks % SAVE_EVERY == 0:
                 stream.snapshot().save(state)
+
+        ids = after(token_source(session.bundle, Path(text)), done)
+        report = run_tokens(session, ids, stream=stream, progress=save)
         stream.snapshot().save(state)
-        loss = f"{total / count:.3f} nats per token" if count else "nothing new"
+        loss = "nothing new" if report.loss is None else f"{report.loss:.3f} nats per token"
         print(f"{stream.blocks} blocks, {loss}, state {stream.snapshot().nbytes} bytes")
 
 
