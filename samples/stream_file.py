@@ -33,14 +33,14 @@ def main(bundle: str, text: str, state: str) -> None:
         print(f"from token {done} on")
 
         def save(report: RunReport) -> None:
-            if report.blocks % SAVE_EVERY == 0:
+            if report.blocks and report.blocks % SAVE_EVERY == 0:
                 stream.snapshot().save(state)
 
         ids = after(token_source(session.bundle, Path(text)), done)
         report = run_tokens(session, ids, stream=stream, progress=save)
         stream.snapshot().save(state)
-        loss = "nothing new" if report.loss is None else f"{report.loss:.3f} nats per token"
-        print(f"{stream.blocks} blocks, {loss}, state {stream.snapshot().nbytes} bytes")
+        loss = "no loss" if report.loss is None else f"{report.loss:.3f} nats per token"  # of last logits alone
+        print(f"{stream.blocks} blocks, {report.tokens} new tokens, {loss}, state {stream.snapshot().nbytes} bytes")
 
 
 if __name__ == "__main__":

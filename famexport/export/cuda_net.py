@@ -201,8 +201,8 @@ class Step:
         return self.net.op("Slice", x, self.net.ints(start), self.net.ints(end), self.net.ints(1))
 
     def _over(self, fam: ir.Value, rows: ir.Value) -> ir.Value:
-        """Rows [b, F+T, D] with ``fam`` [b, F, D] in place of their first F. A Concat of unequal parts takes longer: it
-        copies their sizes to the device."""
+        """Rows [b, F+T, D] with ``fam`` [b, F, D] in place of their first F, in every layer. A Concat of unequal parts
+        takes longer: it copies their sizes to the device."""
         places = np.arange(self.plan.rows)
         spread = self.net.op("Gather", fam, self.net.constant(np.minimum(places, self.c.fam_length - 1)), axis=1)
         return self.net.op("Where", self.net.constant(places[None, :, None] < self.c.fam_length), spread, rows)

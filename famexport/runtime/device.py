@@ -328,6 +328,7 @@ class DeviceLoop(Loop):
     def truncate(self, rows: Iterable[int], length: int) -> None:
         with self._cuda.lock:
             self._cuda.bind()
+            self._blank = False
             self._state.truncate(rows, length)
 
     def zero(self, rows: Sequence[int] | None) -> None:

@@ -74,8 +74,8 @@ def plain_layout(contract: StepContract, names: Sequence[str]) -> Layout:
 def ring_layout(contract: StepContract, rows: int) -> Layout:
     """What the graphs of ``export/cuda_steps.py`` work on.
 
-    Memory is M slots [b, F+T, Hkv*Dh] of keys, as the projection gave them, those of FAM before the block's; values
-    likewise. The open block is one more such slot.
+    FAM is as the contract has it. Memory is M slots [b, F+T, Hkv*Dh] of keys, as the projection gave them, those of FAM
+    before the block's; values likewise. The open block is one more such slot.
 
     Args:
         rows: F + T.

@@ -9,6 +9,7 @@ Drive it from few threads.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -75,6 +76,7 @@ class OrtCudaRing(OrtCuda):
         self.library, self.kernels = library, "fused" if library else None
         self._capture = capture
         self._numbers: dict[Call, int] = {}
+        self._digests: dict[str, bytes] = {}  # of the graphs as they were loaded
         self._regions: KeptRegions | None = None
         self.layout = ring_layout(contract, contract.fam_length + contract.block_size)
         super().__init__(contract, precision, graphs, weights, threads)
@@ -87,6 +89,7 @@ class OrtCudaRing(OrtCuda):
             raise
 
     def _load(self, name: str) -> Any:
+        self._digests[name] = self._digest(name)
         if not self._capture:
             return self._session(name)
         try:
@@ -104,9 +107,14 @@ class OrtCudaRing(OrtCuda):
     def _without_capture(self, name: str, reason: str) -> Any:
         """A session for a graph whose capture failed in a run; later loops take it too. None: the backend is closed."""
         if self._cuda is not None and name not in self.uncaptured_graphs:
+            if self._digest(name) != self._digests[name]:
+                raise BundleError(f"{self._files[name]} has changed since it was loaded; load the bundle again")
             self.sessions[name] = self._session(name)
             self._note(name, reason)
         return self.sessions.get(name)
+
+    def _digest(self, name: str) -> bytes:
+        return hashlib.sha256(self._files[name].read_bytes()).digest()
 
     def _said(self, uncaptured: Mapping[str, str]) -> dict[str, Any]:
         """What a loop's ``info`` says. Start graphs run a few times in a stream's life: without them it is captured."""
@@ -184,21 +192,17 @@ class RingEnqueuer(OrtEnqueuer):
         without_capture: Callable[[str, str], Any] | None = None,
     ) -> None:
         super().__init__(contract, batch, sessions)
-        self._layout, self._weights, self._numbers = layout, weights, numbers
-        self._uncaptured = uncaptured if uncaptured is not None else {}
+        self._weights, self._numbers, self._uncaptured = weights, numbers, uncaptured if uncaptured is not None else {}
         self._without_capture = without_capture
         for name, session in self._sessions.items():
-            self._check(name, session)
+            taken, given = _sizes(layout, layout.graphs[name], batch)
+            taken |= {weight: (None, size) for weight, size in weights.sizes.items()}
+            problems = _problems(session.get_inputs(), taken) + _problems(session.get_outputs(), given)
+            absent = given.keys() - {value.name for value in session.get_outputs()}
+            problems += [f"it does not give {name}" for name in sorted(absent)]
+            subject = f"the graph {name} made for CUDA does not fit this famexport (export the bundle again)"
+            raise_problems(BundleError, subject, problems)
         weights.retain()
-
-    def _check(self, name: str, session: Any) -> None:
-        taken, given = _sizes(self._layout, self._layout.graphs[name], self._batch)
-        taken |= {weight: (None, size) for weight, size in self._weights.sizes.items()}
-        problems = _problems(session.get_inputs(), taken) + _problems(session.get_outputs(), given)
-        absent = given.keys() - {value.name for value in session.get_outputs()}
-        problems += [f"it does not give {name}" for name in sorted(absent)]
-        subject = f"the graph {name} made for CUDA does not fit this famexport (export the bundle again)"
-        raise_problems(BundleError, subject, problems)
 
     def enqueue(self, graph: str, addresses: Mapping[str, int], stream: int) -> None:
         """A run that fails where it may have been the capture that failed is done again without capture."""
@@ -209,7 +213,6 @@ class RingEnqueuer(OrtEnqueuer):
                 raise
             if (session := self._without_capture(graph, str(exc))) is None:
                 raise
-            self._check(graph, session)  # its file may be another by now
             for call in [call for call in self._calls if call[0] == graph]:
                 del self._calls[call]
             self._sessions[graph] = session

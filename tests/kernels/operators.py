@@ -67,12 +67,24 @@ def activated(act: int, x: Array) -> Array:
 
 
 def skip_norm(
-    b: int, n: int, d: int, *, fam: int = 0, delta: bool = True, centered: bool = False, seed: int = 0
+    b: int,
+    n: int,
+    d: int,
+    *,
+    fam: int = 0,
+    delta: bool = True,
+    centered: bool = False,
+    states: str = "base next",
+    apart: bool = True,
+    seed: int = 0,
 ) -> Case:
+    """Where there is ``fam``: which ``states`` are given, and whether its sum is given apart."""
     r = np.random.default_rng(seed)
     base, weight = r.normal(size=(b, n, d)), r.normal(size=d)
     added, bias = (r.normal(size=(b, n, d)) if delta else None), (r.normal(size=d) if centered else None)
-    fam_base, fam_next = (r.normal(size=(b, fam, d)) for _ in range(2)) if fam else (None, None)
+    fam_base, fam_next = (
+        r.normal(size=(b, fam, d)) if fam and name in states.split() else None for name in ("base", "next")
+    )
     total = base.copy()
     if fam_base is not None:
         total[:, :fam] = fam_base
@@ -87,8 +99,8 @@ def skip_norm(
     inputs = [(FLOAT, base), (WEIGHT, weight), (WEIGHT, added), (FLOAT, fam_base), (FLOAT, fam_next), (WEIGHT, bias)]
     given = [None if pair[1] is None else pair for pair in inputs]
     attributes = {"fam": fam, "epsilon": 1e-5, "centered": int(centered)}
-    label = f"{b}x{n}x{d} fam {fam} {'delta ' * delta}{'centered' * centered}"
-    outputs = [total, normed if bias is None else normed + bias, *([total[:, :fam]] if fam else [])]
+    label = f"{b}x{n}x{d} fam {fam} {states} {'delta ' * delta}{'centered' * centered}"
+    outputs = [total, normed if bias is None else normed + bias, *([total[:, :fam]] if fam and apart else [])]
     return Case("SkipNorm", given, "fTf"[: len(outputs)], outputs, attributes, label)
 
 
@@ -248,6 +260,9 @@ def cases() -> list[Case]:
         skip_norm(2, 7, 100, fam=3, delta=False),
         skip_norm(2, 6, 96, fam=2, centered=True),
         skip_norm(1, 3, 1537, fam=1),
+        skip_norm(2, 6, 64, fam=2, states="next"),  # before attention
+        skip_norm(2, 6, 64, fam=2, states="base", apart=False),  # after attention
+        skip_norm(2, 6, 64, fam=2, states=""),  # before the head
         skip_norm(1, 2, 4096),
         *(gated_act(2, 3, 72, act) for act in range(4)),
         *(block_memory(s, apart) for s in shapes for apart in (False, True) if s.fam or not apart),

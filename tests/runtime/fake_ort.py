@@ -22,8 +22,8 @@ class FakeSession:
     made: list[FakeSession]
 
     def __init__(self, file: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> None:
-        self.options = options
-        self.capture, self.file = providers[0][1].get("enable_cuda_graph") == "1", Path(file).name
+        self.options, self.provider = options, providers[0][1]
+        self.capture, self.file = self.provider.get("enable_cuda_graph") == "1", Path(file).name
         self.numbers: list[str] = []  # of each run
         if self.capture and any(name in self.file for name in self.refuses):
             raise RuntimeError("This session cannot use the graph capture feature")

@@ -166,6 +166,14 @@ def test_warm_up_copies_no_state_of_zeros(sessions: Sessions, kind: dict[str, bo
     loop.close()
 
 
+def test_a_stream_that_has_run_is_warmed_up_again_as_it_is(sessions: Sessions, kind: dict[str, bool]) -> None:
+    with over(sessions("plain"), **kind).stream() as stream:
+        step_all(stream, random_input(stream.contract, 16))
+        before = state_bytes(stream)
+        stream._loop.warm_up()
+        assert state_bytes(stream) == before
+
+
 def test_a_failing_engine_leaves_the_state(sessions: Sessions) -> None:
     for options in ({"capture": False}, {"capture": False, "aliased": True}):
         with over(sessions("plain"), **options).stream() as stream:

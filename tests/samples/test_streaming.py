@@ -29,13 +29,13 @@ def test_stream_file_goes_on_where_it_stopped(
     stream_file.main(str(bundles("text")), str(text), str(state))
     first, last = capsys.readouterr().out.splitlines()
     assert first == "from token 0 on"
-    assert last.startswith("18 blocks, ")
+    assert last.startswith("18 blocks, 150 new tokens, ")
     assert "nats per token" in last
     text.write_text(TEXT * 15)
     stream_file.main(str(bundles("text")), str(text), str(state))
     again = capsys.readouterr().out.splitlines()
     assert again[0] == "from token 150 on"  # in the middle of a block
-    assert again[1].startswith("28 blocks, ")
+    assert again[1].startswith("28 blocks, 75 new tokens, ")
     whole = fx.Snapshot.load(state)
     state.unlink()
     stream_file.main(str(bundles("text")), str(text), str(state))
