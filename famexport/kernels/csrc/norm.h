@@ -137,9 +137,8 @@ struct SkipNorm {
     const auto sum = context.output<float>(0, base.shape);
     const auto normed = context.output<T>(1, base.shape);
     const auto fam_sum = context.wanted<float>(2, {b, fam, d});
-    NormRows<T> rows{base.data, delta.data,   fam_base.data, fam_next.data, weight.data, bias.data,
-                     sum.data,  normed.data, fam_sum.data,  n,             d,           fam,
-                     epsilon,   centered != 0};
+    NormRows<T> rows{base.data, delta.data, fam_base.data, fam_next.data, weight.data, bias.data, sum.data, normed.data,
+                     fam_sum.data, n, d, fam, epsilon, centered != 0};
     norm_rows(device, rows, b * n);
   }
 
