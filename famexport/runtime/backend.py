@@ -68,8 +68,12 @@ class Loop(ABC):
         self.contract, self.batch = contract, batch
 
     @abstractmethod
-    def advance(self, fed: np.ndarray, out: np.ndarray) -> None:
-        """``block_step``: a block, logits into ``out``. Arrays are checked before, here and below."""
+    def advance(self, fed: np.ndarray, out: np.ndarray, rows: Sequence[int] | None = None) -> None:
+        """``block_step``: a block, logits into ``out``. Arrays are checked before, here and below.
+
+        Args:
+            rows: whose results are wanted; None: of all.
+        """
 
     @abstractmethod
     def append(self, fed: np.ndarray, length: np.ndarray, out: np.ndarray) -> None:

@@ -55,6 +55,7 @@ class DeviceLoop(Loop):
         self._ready = self._closed = False
         self._blank = True  # all states are zeros
         self._done, self._appended = BLOCK, np.zeros(batch, np.int64)  # what the last call did
+        self._starting = False  # and whether it was a graph for any row
         self._captured: dict[Key, int] = {}
         self._known: dict[Key, dict[str, int]] = {}  # addresses
         self._checked: dict[Key, list[tuple[int, Stored]]] = {}
@@ -107,26 +108,35 @@ class DeviceLoop(Loop):
             for key in self._keys(name)
         }
 
-    def advance(self, fed: np.ndarray, out: np.ndarray) -> None:
+    def advance(self, fed: np.ndarray, out: np.ndarray, rows: Sequence[int] | None = None) -> None:
         with self._cuda.lock:
-            self._call(BLOCK, BLOCK, {self.contract.inputs[0].name: fed}, out)
+            self._call(BLOCK, BLOCK, self._which(rows), {self.contract.inputs[0].name: fed}, out)
 
     def append(self, fed: np.ndarray, length: np.ndarray, out: np.ndarray) -> None:
         with self._cuda.lock:
             self._appended[...] = length
             inputs = {self.contract.inputs[0].name: fed, CHUNK_LENGTH: length}
-            self._call(APPEND, self._appends[fed.shape[1]], inputs, out)
+            self._call(APPEND, self._appends[fed.shape[1]], length > 0, inputs, out)
 
     def end_block(self) -> None:
         with self._cuda.lock:
-            self._call(COMMIT, COMMIT, {}, None)
+            self._call(COMMIT, COMMIT, self._state.concerned(COMMIT), {}, None)
 
-    def _call(self, call: str, name: str, inputs: Mapping[str, np.ndarray], out: np.ndarray | None) -> None:
+    def _which(self, rows: Sequence[int] | None) -> np.ndarray:
+        """bool [b]."""
+        return np.ones(self.batch, bool) if rows is None else np.isin(np.arange(self.batch), list(rows))
+
+    def _call(
+        self, call: str, name: str, wanted: np.ndarray, inputs: Mapping[str, np.ndarray], out: np.ndarray | None
+    ) -> None:
+        """``wanted``: bool [b], rows whose results will be looked at."""
         self._cuda.bind()
         if not self._ready:
             self.warm_up()
         self._blank = False
-        name = self._for_now(call, name)
+        self._starting = name + START in self._graphs and not self._state.ready(call, wanted)
+        if self._starting:
+            name += START
         for spec, array in inputs.items():
             np.copyto(self._fed[name][spec], array)
         self._done, key = call, self._key(name, self._state.turn)
@@ -142,10 +152,6 @@ class DeviceLoop(Loop):
             self.device_ms = self._cuda.elapsed_ms(*self._events)
         if out is not None:
             np.copyto(out, self._logits[name])
-
-    def _for_now(self, call: str, name: str) -> str:
-        """The graph that does ``name`` for the rows as they are."""
-        return name + START if name + START in self._graphs and not self._state.ready(call) else name
 
     def _submit(self, key: Key) -> None:
         if key in self._captured:
@@ -163,7 +169,7 @@ class DeviceLoop(Loop):
         if not self._captures or self._state.layout.counted:
             return None
         with self._cuda.lock:
-            self._call(BLOCK, BLOCK, {self.contract.inputs[0].name: fed}, None)
+            self._call(BLOCK, BLOCK, self._which(None), {self.contract.inputs[0].name: fed}, None)
             self._state.commit(BLOCK, None, self._appended)
             start = perf_counter()
             for _ in range(blocks):
@@ -305,7 +311,7 @@ class DeviceLoop(Loop):
     def commit(self, rows: Sequence[int] | None = None) -> None:
         with self._cuda.lock:
             self._cuda.bind()
-            self._state.commit(self._done, rows, self._appended)
+            self._state.commit(self._done, rows, self._appended, starting=self._starting)
 
     def bad_rows(self, logits: np.ndarray | None = None, lengths: np.ndarray | None = None) -> list[int]:
         bad = set(np.flatnonzero(self._flags[0] * self._state.concerned(self._done)).tolist())

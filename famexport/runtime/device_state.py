@@ -46,9 +46,13 @@ class DeviceState:
         """Where the region lies, and pinned memory: for ``kept``, and [1]."""
         self.base, self.kept, self._length = base, kept, length
 
-    def ready(self, call: str) -> bool:
-        """Whether every row is past what only a start graph does right."""
-        return bool(self.kept[COUNT].min() >= self._most and (call != APPEND or self._has_fam.all()))
+    def ready(self, call: str, wanted: np.ndarray) -> bool:
+        """Whether the ``wanted`` rows, bool [b], are past what only a start graph does right. What a call computes of
+        the others is thrown away."""
+        past = self.kept[COUNT] >= self._most
+        if call == APPEND and self.contract.fam_length:
+            past &= self._has_fam
+        return bool(past[wanted].all())
 
     def concerned(self, call: str) -> np.ndarray:
         """Which rows take over what ``call`` computes, bool [b]: commit_block those whose open block is full."""
@@ -72,8 +76,13 @@ class DeviceState:
         first = turn[name in self._open] + positions - 1 - slots
         return [self.base + self._at[name, (first + i) % positions] for i in range(slots + 1)]
 
-    def commit(self, call: str, rows: Sequence[int] | None, appended: np.ndarray) -> None:
-        """Make what ``call`` computed current, in ``rows`` alone where given. ``appended``: positions [b] of APPEND."""
+    def commit(self, call: str, rows: Sequence[int] | None, appended: np.ndarray, *, starting: bool = False) -> None:
+        """Make what ``call`` computed current, in ``rows`` alone where given.
+
+        Args:
+            appended: positions [b] of APPEND.
+            starting: by a start graph, which puts FAM's keys and values into the open slot of every row.
+        """
         going = np.ones(self.batch, bool)
         if rows is not None:
             going = np.isin(np.arange(self.batch), list(rows))
@@ -84,7 +93,8 @@ class DeviceState:
         if call == APPEND:
             self._turn(False, True, going)
             length[going] += appended[going]
-            self._has_fam |= going
+            if starting:
+                self._has_fam |= going
             return
         if call == COMMIT:
             going &= length == self.contract.block_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ class OrtLoop(HostLoop):
         self._calls: dict[tuple[str, int, int], _Call] = {}
         self._block_input = self._fed["block_step"][self.contract.inputs[0].name]
 
-    def advance(self, fed: np.ndarray, out: np.ndarray) -> None:
+    def advance(self, fed: np.ndarray, out: np.ndarray, rows: Sequence[int] | None = None) -> None:
         self._block_input[...] = fed
         self._run("block_step", out)
         self._computed(True, False)

@@ -172,10 +172,11 @@ class Pool:
         size = self.contract.block_size
         lengths = self._fill(size, {s: size for s in streams})
         logits = self._logits[size]
-        loop.advance(self._fed[size], logits)
+        rows = [s.row for s in streams]
+        loop.advance(self._fed[size], logits, rows)
         self.calls += 1
         bad = set(loop.bad_rows(logits))
-        loop.commit([s.row for s in streams if s.row not in bad])
+        loop.commit([row for row in rows if row not in bad])
         with self._queues:
             for s in streams:
                 s._done(loop, logits, int(lengths[s.row]), s.row in bad, ended=True)

@@ -57,7 +57,7 @@ class TorchLoop(Loop):
             self._torch._dynamo.mark_static_address(made, guard=False)
         return made
 
-    def advance(self, fed: np.ndarray, out: np.ndarray) -> None:
+    def advance(self, fed: np.ndarray, out: np.ndarray, rows: Sequence[int] | None = None) -> None:
         self._call("step", (fed,), out)
 
     def append(self, fed: np.ndarray, length: np.ndarray, out: np.ndarray) -> None:

@@ -93,7 +93,7 @@ def test_any_order_of_calls_equals_the_host_loop(
                 rows = some(np.flatnonzero(held == 0))
                 for loop in (host, device):
                     outs.append(np.zeros((ROWS, size, vocab), np.float32))
-                    loop.advance(fed, outs[-1])
+                    loop.advance(fed, outs[-1], rows)
                     loop.commit(rows)
                 assert all(close(outs[1][row], outs[0][row]) for row in rows), turn
             elif kind == "append":
@@ -198,6 +198,43 @@ def test_a_spoilt_row_of_a_pool_leaves_the_others_alone(
                 for a, b in pairs:
                     wanted = a.state()
                     assert all(close(array, wanted[name]) for name, array in b.state().items()), step
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_take_no_part_do_not_keep_others_from_steady_graphs(
+    exported: Callable[..., Path], case: str, ring_backend: RingBackend
+) -> None:
+    """A pool with rows that nobody opened, or whose stream has just begun and waits, runs the fast graphs for the
+    rest; those rows' own results are right when they come to take part."""
+    with fx.load(exported(case), "ort-cpu") as session:
+        ring, rng = Session(session.bundle, ring_backend(session)), np.random.default_rng(5)
+        size, vocab = session.contract.block_size, session.contract.vocab_size
+        with ring.pool() as pool, session.pool() as wanted:
+            pairs = [(pool.open(), wanted.open()) for _ in range(2)]  # of three rows
+
+            def feed(i: int, count: int) -> set[str]:
+                ring.backend.engine.used.clear()
+                fed = rng.integers(0, vocab, count)
+                for a, b in zip(*(stream.feed([fed]) for stream in pairs[i]), strict=True):
+                    assert close(a, b)
+                return set(ring.backend.engine.used)
+
+            for _ in range(session.contract.memory_segments + 1):
+                feed(0, size)
+            assert feed(0, size) == {"block_step"}
+            begins = "_start" if session.contract.fam_length else ""  # puts FAM's keys and values into the open slot
+            assert feed(0, 2) == {f"append_step_c3{begins}"}
+            assert all(not name.endswith("_start") for name in feed(0, size - 2))
+            assert all(name.endswith("_start") for name in feed(1, size + 1))
+            feed(0, 1)
+            assert all(
+                not name.endswith("_start") for name in feed(0, size - 1)
+            )  # while the other is within its second
+            for a, b in pairs:
+                assert all(close(array, b.state()[name]) for name, array in a.state().items())
+            feed(1, 2 * size)
+            for a, b in pairs:
+                assert all(close(array, b.state()[name]) for name, array in a.state().items())
 
 
 def test_a_row_within_its_block_is_no_part_of_anothers_end(
