@@ -2,8 +2,9 @@
 
 Every stream is a row of one batched state. A round takes from each row that has something queued: whole blocks at a
 boundary go into one ``block_step``, all else into one ``append_step`` for each chunk width; other rows take no part. A
-call always has all rows of the pool and the graph that a row would take alone, so what it computes does not depend on
-who shares the batch. An idle row costs as much as a busy one: give a pool the capacity that it needs.
+call always has all rows of the pool, so what it computes does not depend on who shares the batch, but for rounding on
+ort-cuda, where a row that begins may bring other graphs. An idle row costs as much as a busy one: give a pool the
+capacity that it needs.
 
 Streams may be driven from any number of threads: one of those that wait for a result runs a round for all, and first
 waits a moment for the streams of the last round that are about to ask again. Or one thread does everything: it fills

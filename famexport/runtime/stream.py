@@ -231,7 +231,8 @@ class Stream(TokenStream):
         return Snapshot(self._origin, self.batch, self.blocks, self._live().read(), self._open_inputs(), last)
 
     def restore(self, saved: Snapshot, *, any_engine: bool = False) -> None:
-        """Go on from a snapshot: bit for bit as the stream that it was taken from, where the engine is the same.
+        """Go on from a snapshot: bit for bit as the stream that it was taken from, where the engine is the same (fused
+        kernels of ort-cuda: where no block is open).
 
         Args:
             any_engine: accept one that another backend, or other graphs of the same model, computed.
