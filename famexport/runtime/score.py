@@ -15,12 +15,15 @@ from famexport.runtime.process import rss_bytes
 from famexport.runtime.session import Session
 from famexport.runtime.stream import Stream
 
+SETTLED = 32  # blocks, after which an engine has all the memory that it wants; in the first it has not
 _ROWS = 16  # of logits whose exponentials are in memory at once
 
 
 @dataclass
 class RunReport:
-    """Figures of one run. ``loss`` is in nats per token, over every token but the first; latency is per whole block."""
+    """Figures of one run. ``loss`` is in nats per token, over every token but the first; latency is per whole block.
+    ``rss_bytes``: ``first``, after the first block; ``settled``, after ``SETTLED``, where there are so many; ``last``;
+    ``max``."""
 
     backend: str
     precision: str
@@ -103,9 +106,11 @@ def run_tokens(
                 scorer.add(block, logits)
                 report.loss = scorer.loss
             report.tokens_per_s = report.tokens / (time.perf_counter() - started)
-            now = rss_bytes()
-            report.rss_bytes = {"first": report.rss_bytes.get("first", now), "last": now}
-            report.rss_bytes["max"] = max(report.rss_bytes.get("max", 0), now)
+            memory, now = report.rss_bytes, rss_bytes()
+            memory.setdefault("first", now)
+            if report.blocks == SETTLED:
+                memory.setdefault("settled", now)
+            memory["last"], memory["max"] = now, max(memory.get("max", 0), now)
             if progress:
                 progress(report)
         if not (report.tokens or running.blocks or running.held):

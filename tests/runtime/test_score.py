@@ -14,7 +14,7 @@ from streaming import random_cuts, random_input
 
 from famexport.errors import ContractError, InvalidInputError, UsageError
 from famexport.runtime.feeding import token_source
-from famexport.runtime.score import log_probabilities, percentiles, run_tokens
+from famexport.runtime.score import SETTLED, log_probabilities, percentiles, run_tokens
 
 
 def plain_log_probabilities(session: Any, ids: np.ndarray) -> np.ndarray:
@@ -125,6 +125,18 @@ def test_progress_and_report(sessions: Callable[..., Any]) -> None:
     assert data["state_bytes"] == session.contract.state_bytes()
     assert 2**20 < data["rss_bytes"]["first"] <= data["rss_bytes"]["max"]
     assert data["rss_bytes"]["last"] <= data["rss_bytes"]["max"]
+    assert set(data["rss_bytes"]) == {"first", "last", "max"}  # too few blocks to have settled
+
+
+def test_memory_is_looked_at_again_when_it_has_settled(sessions: Callable[..., Any]) -> None:
+    seen = {}
+    size = 8 * SETTLED + 20
+    report = run_tokens(
+        sessions("plain"), [np.arange(size) % 96], progress=lambda r: seen.setdefault(r.blocks, r.rss_bytes["last"])
+    )
+    assert report.rss_bytes["first"] == seen[1]
+    assert report.rss_bytes["settled"] == seen[SETTLED]
+    assert len(seen) == SETTLED + 2
 
 
 def test_last_logits_have_no_loss(sessions: Callable[..., Any]) -> None:
