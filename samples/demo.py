@@ -89,18 +89,8 @@ def stream(model: Path, text: Path, fam_length: int) -> dict[str, Any]:
 def show(results: list[dict[str, Any]]) -> None:
     device = device_facts()
     table = Table(title=f"SmolLM2-135M, fp32, T={BLOCK} M={SEGMENTS}; {device['processor']}, {device['cores']} cores")
-    for column in (
-        "F",
-        "tokens",
-        "loss",
-        "ms/block p50",
-        "p99",
-        "tokens/s",
-        "state",
-        "memory: block 1",
-        f"block {SETTLED}",
-        "end",
-    ):
+    memory = f"MB: block 1, {SETTLED}, end"
+    for column in ("F", "tokens", "loss", "ms/block p50", "p99", "tokens/s", "state", memory):
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
@@ -111,7 +101,7 @@ def show(results: list[dict[str, Any]]) -> None:
             f"{r['latency_ms']['p99']:.0f}",
             f"{r['tokens_per_s']:.0f}",
             f"{r['state_bytes'] / 1e6:.1f} MB",
-            *(f"{r['rss_bytes'][when] / 1e6:.0f} MB" for when in ("first", "settled", "last")),
+            ", ".join(f"{r['rss_bytes'][when] / 1e6:.0f}" for when in ("first", "settled", "last")),
         )
     console.print(table)
 
