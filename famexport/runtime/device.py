@@ -13,12 +13,13 @@ from famexport.contract import CHUNK_LENGTH, StepContract
 from famexport.errors import FamExportError, IncompatibleError
 from famexport.runtime.backend import STORAGE, Loop
 from famexport.runtime.cuda import EXPONENTS, TABLE_ROW, table_entry
-from famexport.runtime.device_state import ALIGNMENT, APPEND, BLOCK, COMMIT, DeviceState, Turn, aligned
+from famexport.runtime.device_state import ALIGNMENT, APPEND, BLOCK, COMMIT, DeviceState, Rows, Turn, aligned
 from famexport.runtime.enqueue import CudaLayer, Enqueuer
 from famexport.runtime.host import nonfinite_rows
 from famexport.runtime.layout import HOST, START, Layout, Stored, plain_layout
 
 Key = tuple[str, Turn]
+_ALL = slice(None)
 
 
 class DeviceLoop(Loop):
@@ -110,7 +111,7 @@ class DeviceLoop(Loop):
 
     def advance(self, fed: np.ndarray, out: np.ndarray, rows: Sequence[int] | None = None) -> None:
         with self._cuda.lock:
-            self._call(BLOCK, BLOCK, self._which(rows), {self.contract.inputs[0].name: fed}, out)
+            self._call(BLOCK, BLOCK, _ALL if rows is None else list(rows), {self.contract.inputs[0].name: fed}, out)
 
     def append(self, fed: np.ndarray, length: np.ndarray, out: np.ndarray) -> None:
         with self._cuda.lock:
@@ -122,14 +123,10 @@ class DeviceLoop(Loop):
         with self._cuda.lock:
             self._call(COMMIT, COMMIT, self._state.concerned(COMMIT), {}, None)
 
-    def _which(self, rows: Sequence[int] | None) -> np.ndarray:
-        """bool [b]."""
-        return np.ones(self.batch, bool) if rows is None else np.isin(np.arange(self.batch), list(rows))
-
     def _call(
-        self, call: str, name: str, wanted: np.ndarray, inputs: Mapping[str, np.ndarray], out: np.ndarray | None
+        self, call: str, name: str, wanted: Rows, inputs: Mapping[str, np.ndarray], out: np.ndarray | None
     ) -> None:
-        """``wanted``: bool [b], rows whose results will be looked at."""
+        """``wanted``: rows whose results will be looked at."""
         self._cuda.bind()
         if not self._ready:
             self.warm_up()
@@ -169,7 +166,7 @@ class DeviceLoop(Loop):
         if not self._captures or self._state.layout.counted:
             return None
         with self._cuda.lock:
-            self._call(BLOCK, BLOCK, self._which(None), {self.contract.inputs[0].name: fed}, None)
+            self._call(BLOCK, BLOCK, _ALL, {self.contract.inputs[0].name: fed}, None)
             self._state.commit(BLOCK, None, self._appended)
             start = perf_counter()
             for _ in range(blocks):

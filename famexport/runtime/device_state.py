@@ -15,6 +15,7 @@ from famexport.runtime.layout import COUNT, HOST, Layout
 
 ALIGNMENT = 256  # bytes: what cudaMalloc promises, and engines rely on
 BLOCK, APPEND, COMMIT = "block_step", "append_step", "commit_block"  # what a call does, whatever graph does it
+Rows = slice | list[int] | np.ndarray  # an index of some rows; bool [b] where it is an array
 Turn = tuple[int, int]  # how far the rings of block states and of open states have turned
 
 
@@ -46,9 +47,9 @@ class DeviceState:
         """Where the region lies, and pinned memory: for ``kept``, and [1]."""
         self.base, self.kept, self._length = base, kept, length
 
-    def ready(self, call: str, wanted: np.ndarray) -> bool:
-        """Whether the ``wanted`` rows, bool [b], are past what only a start graph does right. What a call computes of
-        the others is thrown away."""
+    def ready(self, call: str, wanted: Rows) -> bool:
+        """Whether the ``wanted`` rows are past what only a start graph does right. What a call computes of the others
+        is thrown away."""
         past = self.kept[COUNT] >= self._most
         if call == APPEND and self.contract.fam_length:
             past &= self._has_fam
