@@ -9,7 +9,6 @@ Drive it from few threads.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, cast
 from famexport.bundle import Bundle
 from famexport.contract import ITEM_BYTES, GraphIO, StepContract
 from famexport.errors import BundleError, FamExportError, IncompatibleError, raise_problems
+from famexport.kernels.build import file_hash
 from famexport.runtime.device import DeviceLoop
 from famexport.runtime.device_weights import DeviceWeights
 from famexport.runtime.enqueue import CudaLayer
@@ -76,7 +76,7 @@ class OrtCudaRing(OrtCuda):
         self.library, self.kernels = library, "fused" if library else None
         self._capture = capture
         self._numbers: dict[Call, int] = {}
-        self._digests: dict[str, bytes] = {}  # of the graphs as they were loaded
+        self._hashes: dict[str, str] = {}  # of the graphs as they were loaded
         self._regions: KeptRegions | None = None
         self.layout = ring_layout(contract, contract.fam_length + contract.block_size)
         super().__init__(contract, precision, graphs, weights, threads)
@@ -89,7 +89,7 @@ class OrtCudaRing(OrtCuda):
             raise
 
     def _load(self, name: str) -> Any:
-        self._digests[name] = self._digest(name)
+        self._hashes[name] = file_hash(self._files[name])
         if not self._capture:
             return self._session(name)
         try:
@@ -107,14 +107,11 @@ class OrtCudaRing(OrtCuda):
     def _without_capture(self, name: str, reason: str) -> Any:
         """A session for a graph whose capture failed in a run; later loops take it too. None: the backend is closed."""
         if self._cuda is not None and name not in self.uncaptured_graphs:
-            if self._digest(name) != self._digests[name]:
+            if file_hash(self._files[name]) != self._hashes[name]:
                 raise BundleError(f"{self._files[name]} has changed since it was loaded; load the bundle again")
             self.sessions[name] = self._session(name)
             self._note(name, reason)
         return self.sessions.get(name)
-
-    def _digest(self, name: str) -> bytes:
-        return hashlib.sha256(self._files[name].read_bytes()).digest()
 
     def _said(self, uncaptured: Mapping[str, str]) -> dict[str, Any]:
         """What a loop's ``info`` says. Start graphs run a few times in a stream's life: without them it is captured."""

@@ -226,10 +226,8 @@ def test_rows_that_take_no_part_do_not_keep_others_from_steady_graphs(
             assert feed(0, 2) == {f"append_step_c3{begins}"}
             assert all(not name.endswith("_start") for name in feed(0, size - 2))
             assert all(name.endswith("_start") for name in feed(1, size + 1))
-            feed(0, 1)
-            assert all(
-                not name.endswith("_start") for name in feed(0, size - 1)
-            )  # while the other is within its second
+            feed(0, 1)  # while the other is within its second block
+            assert all(not name.endswith("_start") for name in feed(0, size - 1))
             for a, b in pairs:
                 assert all(close(array, b.state()[name]) for name, array in a.state().items())
             feed(1, 2 * size)
