@@ -1,8 +1,9 @@
-"""R11: memory does not grow with the number of blocks, and a block allocates nothing where ``out`` is given.
+"""R11: memory does not grow with the number of blocks, nor with that of streams that came and went, and a block allocates
+nothing where ``out`` is given.
 
-The resident memory of a process of its own is sampled through 20,000 blocks. After the warm-up, in which onnxruntime and
-the allocator take what they keep, a line is fitted to the medians of each thousand blocks. Measured slopes: 0 to 0.8
-bytes per block, and 73 with a leak of 64 bytes a block, which the same check must report.
+The resident memory of a process of its own is sampled through 20,000 blocks, or streams. After the warm-up, in which
+onnxruntime and the allocator take what they keep, a line is fitted to the medians of each thousand. Measured slopes: 0
+to 0.8 bytes per block, 0 per stream, and 73 with a leak of 64 bytes a block, which the same check must report.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy as np
 import pytest
 from streaming import random_input
 
-BLOCKS, WARM_UP_BLOCKS, LEAK_BYTES = 20_000, 5_000, 64
-LIMIT_BYTES_PER_BLOCK = 8.0
+COUNT, WARM_UP, LEAK_BYTES = 20_000, 5_000, 64
+LIMIT_BYTES = 8.0
 CHILD = Path(__file__).with_name("memory_child.py")
 ROOT = Path(__file__).parents[2]
 
@@ -32,37 +33,41 @@ class MemoryGrows(AssertionError):
 
 
 def require_flat(samples: np.ndarray) -> float:
-    """The slope, bytes per block, of rows (blocks, resident bytes).
+    """The slope, bytes per unit, of rows (units, resident bytes).
 
     Raises:
         MemoryGrows: it is beyond the limit.
     """
-    counted = samples[samples[:, 0] > WARM_UP_BLOCKS]
+    counted = samples[samples[:, 0] > WARM_UP]
     assert len(counted) >= 15
     slope = float(np.polyfit(counted[:, 0], counted[:, 1], 1)[0])
-    if slope >= LIMIT_BYTES_PER_BLOCK:
-        raise MemoryGrows(f"resident memory grows by {slope:.1f} bytes per block, allowed {LIMIT_BYTES_PER_BLOCK}")
+    if slope >= LIMIT_BYTES:
+        raise MemoryGrows(f"resident memory grows by {slope:.1f} bytes per unit, allowed {LIMIT_BYTES}")
     return slope
 
 
 @pytest.fixture(scope="module")
-def samples(bundles: Callable[[str], Path]) -> Iterator[Callable[[int], np.ndarray]]:
-    """What the process with a leak of so many bytes measured. Both run at once: each uses one core."""
-
-    def start(leak: int) -> subprocess.Popen[str]:
-        command = [sys.executable, str(CHILD), str(bundles("plain")), str(BLOCKS), str(leak)]
+def samples(bundles: Callable[[str], Path]) -> Iterator[Callable[..., np.ndarray]]:
+    """What the process of that unit with a leak of so many bytes measured. All run at once: each uses one core."""
+    runs = {
+        ("block", 0): "plain",
+        ("block", LEAK_BYTES): "plain",
+        ("stream", 0): "all_dynamic",
+        ("row", 0): "all_dynamic",
+    }
+    children, printed = {}, {}
+    for (unit, leak), name in runs.items():
+        command = [sys.executable, str(CHILD), str(bundles(name)), unit, str(COUNT), str(leak)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+        children[unit, leak] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
-    children = {leak: start(leak) for leak in (0, LEAK_BYTES)}
-    printed: dict[int, str] = {}
-
-    def get(leak: int) -> np.ndarray:
-        if leak not in printed:
-            printed[leak], _ = children[leak].communicate(timeout=300)
-            assert children[leak].returncode == 0
-        rows = np.array([line.split() for line in printed[leak].splitlines()], dtype=np.float64)
-        assert rows[-1, 0] == BLOCKS
+    def get(unit: str, leak: int = 0) -> np.ndarray:
+        key = unit, leak
+        if key not in printed:
+            printed[key], _ = children[key].communicate(timeout=300)
+            assert children[key].returncode == 0
+        rows = np.array([line.split() for line in printed[key].splitlines()], dtype=np.float64)
+        assert rows[-1, 0] == COUNT
         return rows
 
     yield get
@@ -71,13 +76,14 @@ def samples(bundles: Callable[[str], Path]) -> Iterator[Callable[[int], np.ndarr
         child.communicate()
 
 
-def test_memory_is_flat(samples: Callable[[int], np.ndarray]) -> None:
-    require_flat(samples(0))
+@pytest.mark.parametrize("unit", ["block", "stream", "row"])
+def test_memory_is_flat(samples: Callable[..., np.ndarray], unit: str) -> None:
+    require_flat(samples(unit))
 
 
-def test_a_leak_of_64_bytes_per_block_is_reported(samples: Callable[[int], np.ndarray]) -> None:
+def test_a_leak_of_64_bytes_is_reported(samples: Callable[..., np.ndarray]) -> None:
     with pytest.raises(MemoryGrows) as caught:
-        require_flat(samples(LEAK_BYTES))
+        require_flat(samples("block", LEAK_BYTES))
     assert float(str(caught.value).split()[4]) >= LEAK_BYTES * 0.8  # the leak, and not some accident
 
 
