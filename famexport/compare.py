@@ -1,6 +1,6 @@
 """Two backends side by side in a closed loop: each goes on from its own state, so drift shows.
 
-The statistics are Polygraphy's (``CompareFunc.simple``); the loop is ours, since its runners carry no state.
+The statistics are Polygraphy's (``SimpleCompareFunc``); the loop is ours, since its runners carry no state.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def compare(
     if blocks < 1:
         raise UsageError(f"compare needs at least 1 block, got {blocks}")
     try:
-        from polygraphy.comparator import CompareFunc, IterationResult
+        from polygraphy.comparator import IterationResult, SimpleCompareFunc
         from polygraphy.logger import G_LOGGER
     except ImportError as exc:
         raise MissingDependencyError("polygraphy", "export", "comparing backends") from exc
@@ -65,7 +65,7 @@ def compare(
             if progress:
                 progress(i + 1, 2)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        function = CompareFunc.simple(check_error_stat="max", atol=tolerance, rtol=tolerance)
+        function = SimpleCompareFunc(check_error_stat="max", atol=tolerance, rtol=tolerance)
         compared = [
             function(IterationResult(a, runner_name=names[0]), IterationResult(b, runner_name=names[1]))
             for a, b in zip(*kept, strict=True)
