@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from famexport.contract import CHUNK_LENGTH, StepContract
-from famexport.errors import FamExportError, IncompatibleError
+from famexport.errors import FamExportError
 from famexport.runtime.backend import STORAGE, Loop
-from famexport.runtime.cuda import EXPONENTS, TABLE_ROW, table_entry
-from famexport.runtime.device_state import ALIGNMENT, APPEND, BLOCK, COMMIT, DeviceState, Rows, Turn, aligned
+from famexport.runtime.cuda import TABLE_ROW
+from famexport.runtime.device_memory import DeviceMemory, Key
+from famexport.runtime.device_state import APPEND, BLOCK, COMMIT, DeviceState, Rows
 from famexport.runtime.enqueue import CudaLayer, Enqueuer
 from famexport.runtime.host import nonfinite_rows
-from famexport.runtime.layout import HOST, START, Layout, Stored, plain_layout
+from famexport.runtime.layout import HOST, START, Layout, plain_layout
 
-Key = tuple[str, Turn]
 _ALL = slice(None)
 
 
@@ -45,42 +45,26 @@ class DeviceLoop(Loop):
         self._captures = reason is None
         self.info: dict[str, Any] = {"captured": self._captures, "uncaptured_reason": reason}
         layout = layout or plain_layout(contract, engine.names)
-        self._graphs, self._stored = dict(layout.graphs), layout.stored
+        self._graphs = dict(layout.graphs)
         self._state = DeviceState(contract, batch, layout, cuda)
+        self._memory = DeviceMemory(self._state, {name: dict(engine.aliased(name)) for name in self._graphs})
         self._appends = {io.chunk: n for n, io in self._graphs.items() if io.chunk and not n.endswith(START)}
-        self._aliased = {name: dict(engine.aliased(name)) for name in self._graphs}
-        for name, io in self._graphs.items():
-            own = {self._stored[s.name].new: s.name for s in io.new if len(self._stored[s.name].names) == 1}
-            if wrong := {o: i for o, i in self._aliased[name].items() if own.get(o) != i}:
-                raise IncompatibleError(f"{name} shares {wrong}; only a state and its own successor can share memory")
         self._ready = self._closed = False
         self._blank = True  # all states are zeros
         self._done, self._appended = BLOCK, np.zeros(batch, np.int64)  # what the last call did
         self._starting = False  # and whether it was a graph for any row
         self._captured: dict[Key, int] = {}
-        self._known: dict[Key, dict[str, int]] = {}  # addresses
-        self._checked: dict[Key, list[tuple[int, Stored]]] = {}
         self._events: list[Any] = []
-        sizes: dict[tuple[Any, ...], int] = {}
-        for name, io in self._graphs.items():
-            sizes |= {("in", name, spec.name): spec.nbytes(batch) for spec in io.inputs}
-            if io.logits:
-                sizes["logits", name] = io.logits.nbytes(batch)
-            sizes |= {("table", key): (len(io.new) + 1) * TABLE_ROW * 8 for key in self._keys(name)}
-        sizes["flags",] = 2 * 4 * batch  # of states, and of logits
-        self._sizes, self._at, total = sizes, {}, self._state.span
-        for key, size in sizes.items():
-            self._at[key], total = total, total + aligned(size)
         self._pinned: list[np.ndarray] = []
         cuda.retain()
         self._base = 0
         try:
             with cuda.lock:
                 cuda.bind()
-                self._base = cuda.malloc(total)
-                self._at = {key: self._base + offset for key, offset in self._at.items()}
+                self._base = cuda.malloc(self._memory.nbytes)
+                self._memory.place(self._base)
                 self._allocate_host()
-                cuda.memset(self._base, 0, total)
+                cuda.memset(self._base, 0, self._memory.nbytes)
                 cuda.synchronize()
         except BaseException:
             self.close()
@@ -106,7 +90,7 @@ class DeviceLoop(Loop):
         self._tables = {
             key: pinned((len(self._graphs[name].new) + 1, TABLE_ROW), np.uint64)
             for name in self._graphs
-            for key in self._keys(name)
+            for key in self._memory.keys(name)
         }
 
     def advance(self, fed: np.ndarray, out: np.ndarray, rows: Sequence[int] | None = None) -> None:
@@ -136,7 +120,7 @@ class DeviceLoop(Loop):
             name += START
         for spec, array in inputs.items():
             np.copyto(self._fed[name][spec], array)
-        self._done, key = call, self._key(name, self._state.turn)
+        self._done, key = call, self._memory.key(name, self._state.turn)
         try:
             if self._events:
                 self._cuda.record(self._events[0])
@@ -170,7 +154,7 @@ class DeviceLoop(Loop):
             self._state.commit(BLOCK, None, self._appended)
             start = perf_counter()
             for _ in range(blocks):
-                self._submit(self._key(BLOCK, self._state.turn))
+                self._submit(self._memory.key(BLOCK, self._state.turn))
                 self._state.commit(BLOCK, None, self._appended)
             self._cuda.synchronize()
             return perf_counter() - start
@@ -206,14 +190,10 @@ class DeviceLoop(Loop):
                 cuda.free(saved)
 
     def _warm_up_all(self) -> None:
-        for key in [key for name in self._graphs for key in self._keys(name)]:
-            self._check_addresses(key)
-            entries = [table_entry(a, stored.row_bytes, stored.spec.dtype) for a, stored in self._checked_states(key)]
-            if io := self._graphs[key[0]].logits:
-                row_bytes = io.nbytes(self.batch) // self.batch
-                self._tables[key][-1] = table_entry(self._at["logits", key[0]], row_bytes, io.dtype)
-            self._tables[key][: len(entries)] = np.array(entries, np.uint64).reshape(-1, TABLE_ROW)
-            self._cuda.copy_in(self._at["table", key], self._tables[key])
+        for key in [key for name in self._graphs for key in self._memory.keys(name)]:
+            self._memory.check(key)
+            self._memory.fill_table(key, self._tables[key])
+            self._cuda.copy_in(self._memory.table(key), self._tables[key])
             for _ in range(2):  # the second time, allocators of the engine have what they need
                 self._enqueue(key)
             self._cuda.synchronize()
@@ -227,10 +207,10 @@ class DeviceLoop(Loop):
         before = self._flags.copy()
         try:
             self._captured[key] = cuda.capture(lambda: self._enqueue(key))
-            for address, stored in self._checked_states(key):
+            for address, stored in self._memory.checked_states(key):
                 cuda.memset(address, 0xFF, stored.row_bytes * self.batch)  # NaN
             if name in self._logits:
-                cuda.memset(self._at["logits", name], 0xFF, self._sizes["logits", name])
+                cuda.memset(self._memory.addresses(key)["logits"], 0xFF, self._memory.logits_bytes(name))
             cuda.launch(self._captured[key])
             cuda.synchronize()
             if not np.array_equal(before, self._flags):
@@ -242,68 +222,25 @@ class DeviceLoop(Loop):
 
     def _enqueue(self, key: Key) -> None:
         """Inputs in, the engine, the check for NaN, logits and flags out: all in the stream, or in a capture of it."""
-        cuda, name, io = self._cuda, key[0], self._graphs[key[0]]
-        addresses = self._addresses(key)
+        cuda, memory, name, io = self._cuda, self._memory, key[0], self._graphs[key[0]]
+        addresses = memory.addresses(key)
         for spec in io.inputs:
             cuda.copy_in(addresses[spec.name], self._fed[name][spec.name])
-        for past in self._aliased[name].values():  # the engine works on a copy: the old value stays in its place
+        for past in memory.aliased[name].values():  # the engine works on a copy: the old value stays in its place
             source = self._state.addresses(past, key[1])[0]
-            cuda.copy(addresses[past], source, self._stored[past].row_bytes * self.batch)
+            cuda.copy(addresses[past], source, self._state.layout.stored[past].row_bytes * self.batch)
         self._engine.enqueue(name, addresses, cuda.stream)
-        flags, table = self._at["flags",], self._at["table", key]
-        cuda.memset(flags, 0, self._sizes["flags",])
-        if checked := self._checked_states(key):
+        flags, table = memory.flags, memory.table(key)
+        cuda.memset(flags, 0, memory.flags_bytes)
+        if checked := memory.checked_states(key):
             longest = max(stored.row_bytes for _, stored in checked)
             cuda.flag_nonfinite(table, len(checked), self.batch, longest, flags)
         if io.logits:  # here too: on the host a look at them takes longer than a step
             last = table + len(io.new) * TABLE_ROW * 8
-            row_bytes = io.logits.nbytes(self.batch) // self.batch
+            row_bytes = memory.logits_bytes(name) // self.batch
             cuda.flag_nonfinite(last, 1, self.batch, row_bytes, flags + 4 * self.batch)
             cuda.copy_out(self._logits[name], addresses["logits"])
         cuda.copy_out(self._flags, flags)
-
-    def _keys(self, name: str) -> list[Key]:
-        return sorted({self._key(name, turn) for turn in self._state.turns})
-
-    def _key(self, name: str, turn: Turn) -> Key:
-        """A graph, and where the rings stand that it reads. ``block_step`` has no open block."""
-        return name, turn if self.contract.chunks and not name.startswith("block_step") else (turn[0], 0)
-
-    def _addresses(self, key: Key) -> dict[str, int]:
-        """By the engine's names; found out once, since an engine may be called some thousand times a second."""
-        if key not in self._known:
-            self._known[key] = self._find_addresses(key)
-        return self._known[key]
-
-    def _find_addresses(self, key: Key) -> dict[str, int]:
-        name, io = key[0], self._graphs[key[0]]
-        found = {spec.name: self._at["in", name, spec.name] for spec in io.inputs}
-        for spec in io.states:
-            found.update(zip(self._stored[spec.name].names, self._state.addresses(spec.name, key[1]), strict=False))
-        for spec in io.new:
-            found[self._stored[spec.name].new] = self._state.addresses(spec.name, key[1])[-1]
-        if io.logits:
-            found["logits"] = self._at["logits", name]
-        return found | {past: found[present] for present, past in self._aliased[name].items()}
-
-    def _check_addresses(self, key: Key) -> None:
-        """Aligned, and apart from each other but for what the engine wants shared."""
-        io, shared = self._graphs[key[0]], self._aliased[key[0]]
-        sizes = {spec.name: spec.nbytes(self.batch) for spec in (*io.inputs, *([io.logits] if io.logits else []))}
-        for spec in (*io.states, *io.new):
-            stored = self._stored[spec.name]
-            sizes |= dict.fromkeys((*stored.names, stored.new), stored.row_bytes * self.batch)
-        spans = sorted((a, sizes[n], n) for n, a in self._addresses(key).items() if n not in shared)
-        for i, (start, size, name) in enumerate(spans[:-1]):
-            after, _, other = spans[i + 1]
-            if start % ALIGNMENT or start + size > after:
-                raise FamExportError(f"internal: {name} and {other} of {key[0]} overlap, or are not aligned")
-
-    def _checked_states(self, key: Key) -> list[tuple[int, Stored]]:
-        if key not in self._checked:
-            new = [self._stored[spec.name] for spec in self._graphs[key[0]].new if spec.dtype in EXPONENTS]
-            self._checked[key] = [(self._addresses(key)[stored.new], stored) for stored in new]
-        return self._checked[key]
 
     def commit(self, rows: Sequence[int] | None = None) -> None:
         with self._cuda.lock:
