@@ -36,6 +36,17 @@ from famexport.publish import atomic_write
 
 MAX_GRAPH_BYTES, CHUNK_BYTES = 2**31 - 1, 2**20
 SUBGRAPH_OPS = {"If", "Loop", "Scan", "SequenceMap"}
+# Operators that a graph may have besides ONNX's own. Others can hold code: EPContext carries an engine (R5).
+OPERATORS = {
+    "com.microsoft": (
+        "FastGelu", "FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MatMulNBits", "MultiHeadAttention", "QuickGelu",
+        "RotaryEmbedding",
+    ),
+    "famexport": (
+        "BlockMemory", "BlockMemorySplit", "GatedAct", "NormThinGated", "NormThinMatMul", "SkipNorm", "ThinGated",
+        "ThinMatMul", "TokenAttention",
+    ),
+}  # fmt: skip
 
 Signature = tuple[int, ...]  # device, inode, size, times of writing and change: a file that keeps them kept its content
 
@@ -78,6 +89,23 @@ class Bundle:
             if not same:
                 self._check(folder, [name])
         return self.path / name
+
+    def require_unchanged(self) -> None:
+        """Files that were checked are still the ones that are there: for whoever opened them by path since.
+
+        Raises:
+            BundleError: another bundle was put in this one's place, or a file was changed.
+        """
+        with _directory(self.path) as folder:
+            for name, signature in self._checked.items():
+                try:
+                    same = signature == _signature_of(folder, name)
+                except OSError:
+                    same = False
+                if not same:
+                    raise BundleError(
+                        f"{self.path} was replaced while it was loaded ({name} is another); load it again"
+                    )
 
     def _entry(self, name: str) -> FileEntry:
         if name not in self.manifest.files:
@@ -346,6 +374,10 @@ def _read(
     return _Content(entry, bytes(kept), _signature(info))
 
 
+def _is_known(domain: str, kind: str) -> bool:
+    return kind in OPERATORS.get(domain, ()) if domain else kind != "EPContext"
+
+
 def _graph_problems(name: str, data: bytes, manifest: Manifest) -> list[str]:
     """What a graph says about itself against what the manifest says."""
     try:
@@ -371,8 +403,14 @@ def _graph_problems(name: str, data: bytes, manifest: Manifest) -> list[str]:
     expected = {n: graph for graph, files in manifest.graphs.items() for n in (files.file, *files.variants.values())}
     if (graph := facts.metadata.get(GRAPH_KEY)) != expected[name]:
         problems.append(f"{name} says it is {graph!r:.80}, the manifest has it as {expected[name]}")
-    if found := facts.op_types & SUBGRAPH_OPS:
-        problems.append(f"{name} uses {', '.join(sorted(found))}; a step graph has no control flow")
+    control = SUBGRAPH_OPS & {kind for _, kind in facts.operators}
+    if control or facts.subgraphs:
+        what = ", ".join(sorted(control)) or "graphs in nodes"
+        problems.append(f"{name} uses {what}; a step graph has no control flow")
+    if strangers := [f"{domain}.{kind}" for domain, kind in facts.operators if not _is_known(domain, kind)]:
+        problems.append(
+            f"{name} uses {sorted(strangers)!r:.200}; besides ONNX's own, only operators that famexport uses are loaded"
+        )
     if name in {graph.file for graph in manifest.graphs.values()}:
         got, wanted = (facts.opset, facts.ir_version), (manifest.opset, manifest.ir_version)
         if got != wanted:

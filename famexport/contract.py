@@ -34,6 +34,7 @@ PAST, PRESENT = "past_", "present_"
 DYNAMIC = "batch"  # the symbolic batch dimension
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 PRECISION_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32", "int4": "float32"}
+MAX_DIM, MAX_AXES = 2**31, 8
 QUANTIZED = ("int8", "int4")  # of these, products alone: all that a contract names is float32
 GRAPHS = ("block_step", "append_step", "commit_block")
 CHUNK_LENGTH, OPEN_LENGTH = "chunk_length", "past_open_length"
@@ -144,6 +145,9 @@ class StepContract:
             found.append(f"tensor names must be there, differ, and not be an output's, got {names}")
         if not self.inputs:
             found.append("at least one input is needed")
+        elif self.block_size >= 1 and self.inputs[0].shape[1:2] != (self.block_size,):
+            got = list(self.inputs[0].shape)
+            found.append(f"{self.inputs[0].name} must have block_size {self.block_size} as axis 1, got shape {got}")
         for group in (self.states, self.open_states):
             state_names = [s.name for s in group]
             if state_names != sorted(state_names):
@@ -152,11 +156,16 @@ class StepContract:
         found += self._open_problems()
         for spec in specs:
             if spec.dtype not in ITEM_BYTES:
-                found.append(f"{spec.name} has unknown dtype {spec.dtype!r}")
+                found.append(f"{spec.name} has unknown dtype {spec.dtype!r:.80}")
             if not spec.shape or spec.shape[0] != batch or type(spec.shape[0]) is not type(batch):
                 found.append(f"{spec.name} must have the batch ({batch}) as axis 0, got shape {list(spec.shape)}")
-            if any(type(dim) is not int or dim < 1 for dim in spec.shape[1:]):
-                found.append(f"{spec.name} must have positive fixed dimensions after the batch, got {list(spec.shape)}")
+            if len(spec.shape) > MAX_AXES:
+                found.append(f"{spec.name!r:.80} has {len(spec.shape)} axes, expected at most {MAX_AXES}")
+            elif any(type(dim) is not int or not 1 <= dim < MAX_DIM for dim in spec.shape[1:]):
+                shown = f"{list(spec.shape)!r:.200}"
+                found.append(
+                    f"{spec.name} must have positive fixed dimensions after the batch, below 2**31, got {shown}"
+                )
         return found
 
     def _open_problems(self) -> list[str]:

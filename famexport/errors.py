@@ -26,6 +26,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def first_line(exc: BaseException, limit: int = 500) -> str:
+    """What a foreign exception says, or its name where it says nothing."""
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0][:limit]
+
+
 class FamExportError(Exception):
     """Base of all errors raised by famexport. ``exit_code`` is what the command line exits with."""
 

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
-from famexport.contract import StepContract
+from famexport.contract import PRECISION_DTYPE, StepContract
 from famexport.engines import entry_problems
 from famexport.errors import BundleError, ContractError, raise_problems
 
 MANIFEST, ENGINES, KIND, SCHEMA_VERSION = "manifest.json", "engines", "famexport-bundle", 1
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 MAX_MANIFEST_BYTES, MAX_DEPTH = 2**20, 32
 AGAIN = "export again, or copy the bundle again"
 MAKE_ONE = "make a bundle with: famexport export CKPT -o BUNDLE"
@@ -228,8 +227,8 @@ def _check_tree(tree: dict[str, Any], problems: list[str]) -> StepContract | Non
             contract = StepContract.from_dict(sound["contract"])
         except ContractError as exc:
             problems.append(str(exc))
-    if sound.get("precision", "fp32") not in PRECISIONS:
-        problems.append(f"precision is {sound['precision']!r:.80}, expected one of {', '.join(PRECISIONS)}")
+    if sound.get("precision", "fp32") not in PRECISION_DTYPE:
+        problems.append(f"precision is {sound['precision']!r:.80}, expected one of {', '.join(PRECISION_DTYPE)}")
     for key in ("opset", "ir_version"):
         if sound.get(key, 1) < 1:
             problems.append(f"{key} is {sound[key]}, expected at least 1")
@@ -243,6 +242,8 @@ def _check_tree(tree: dict[str, Any], problems: list[str]) -> StepContract | Non
     for where, name in named:
         if not isinstance(name, str) or name not in files:
             problems.append(f"{where} names the file {name!r:.80}, which is not in files")
+        elif where.startswith("graph") and not name.endswith(".onnx"):  # onnxruntime goes by it: .ort is another format
+            problems.append(f"{where} names the file {name!r:.80}, expected one that ends in .onnx")
     for name, entry in files.items():
         problems += name_problems(name)
         if _check_object(f"file {name!r:.80}", entry, {"bytes": (int,), "sha256": (str,)}, problems):

@@ -49,7 +49,7 @@ SINGLE = {
     "SparseTensorProto": {1, 2},
     "TrainingInfoProto": {1, 2},
 }
-_IR_VERSION, _OP_TYPE, _TENSOR_NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 4, 8, 13, 14
+_IR_VERSION, _OP_TYPE, _DOMAIN, _TENSOR_NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 4, 7, 8, 13, 14
 
 
 class ExternalData(NamedTuple):
@@ -65,14 +65,15 @@ class GraphFacts:
     """What ``graph_facts`` found.
 
     ``external`` lists every tensor with external data wherever it is (initializers, node attributes, subgraphs,
-    functions); ``external_initializers`` only the main graph's initializers, by name. ``op_types`` are the names of
-    all operators, those of subgraphs and functions included.
+    functions); ``external_initializers`` only the main graph's initializers, by name. ``operators`` are domain and name
+    of every operator, those of subgraphs and functions included; ``subgraphs`` says whether a node has a graph in it.
     """
 
     ir_version: int
     opset: int
     metadata: dict[str, str]
-    op_types: frozenset[str]
+    operators: frozenset[tuple[str, str]]
+    subgraphs: bool
     external: tuple[ExternalData, ...]
     external_initializers: dict[str, ExternalData]
 
@@ -91,10 +92,10 @@ def graph_facts(data: bytes) -> GraphFacts:
     ir_version = 0
     metadata: dict[str, str] = {}
     opsets: dict[str, int] = {}
-    op_types: set[str] = set()
+    operators: set[tuple[str, str]] = set()
     external: list[ExternalData] = []
     initializers: dict[str, ExternalData] = {}
-    has_graph = False
+    has_graph = subgraphs = False
     todo = [("ModelProto", 0, len(data), 0)]
     while todo:
         kind, start, end, depth = todo.pop()
@@ -120,6 +121,7 @@ def graph_facts(data: bytes) -> GraphFacts:
             metadata[key] = value
         else:
             seen: set[int] = set()
+            texts = {_OP_TYPE: "", _DOMAIN: ""}  # of a node
             for number, wire_type, low, high in wire.fields(start, end):
                 if number in LINKS[kind]:
                     wire.need(wire_type, _BYTES, f"{kind} field {number}")
@@ -128,16 +130,26 @@ def graph_facts(data: bytes) -> GraphFacts:
                     seen.add(number)
                     todo.append((LINKS[kind][number], low, high, depth + 1))
                     has_graph |= depth == 0 and number == 7
-                elif kind == "NodeProto" and number == _OP_TYPE:
-                    op_types.add(wire.text(wire_type, low, high, "op_type"))
+                    subgraphs |= kind == "AttributeProto" and LINKS[kind][number] == "GraphProto"
+                elif kind == "NodeProto" and number in texts:
+                    if texts[number]:
+                        raise BundleError(f"ONNX file repeats field {number} of {kind}; export again")
+                    texts[number] = wire.text(wire_type, low, high, "op_type or domain")
                 elif kind == "ModelProto" and number == _IR_VERSION:
                     wire.need(wire_type, _VARINT, "ir_version")
                     ir_version = low
+            if kind == "NodeProto":
+                operators.add((_plain(texts[_DOMAIN]), texts[_OP_TYPE]))
     if not (has_graph and ir_version and opsets.get("")):
         raise BundleError(
             "ONNX file lacks a graph, an IR version or an operator set: truncated? Export or copy it again"
         )
-    return GraphFacts(ir_version, opsets[""], metadata, frozenset(op_types), tuple(external), initializers)
+    return GraphFacts(ir_version, opsets[""], metadata, frozenset(operators), subgraphs, tuple(external), initializers)
+
+
+def _plain(domain: str) -> str:
+    """ "ai.onnx" is another spelling of ""."""
+    return "" if domain == "ai.onnx" else domain
 
 
 class _Wire:
@@ -208,7 +220,7 @@ class _Wire:
         return found.get(1, ""), found.get(2, "")
 
     def opset(self, start: int, end: int) -> tuple[str, int]:
-        """An OperatorSetIdProto: domain and version; "ai.onnx" is another spelling of ""."""
+        """An OperatorSetIdProto: domain and version."""
         domain, version = "", 0
         for number, wire_type, low, high in self.fields(start, end):
             if number == 1:
@@ -216,7 +228,7 @@ class _Wire:
             elif number == 2:
                 self.need(wire_type, _VARINT, "operator set version")
                 version = low
-        return "" if domain == "ai.onnx" else domain, version
+        return _plain(domain), version
 
     def tensor(self, start: int, end: int) -> tuple[str, ExternalData | None]:
         """A TensorProto: its name, and where its data is if that is outside the file."""

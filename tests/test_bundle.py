@@ -41,6 +41,8 @@ CONTRACT = StepContract(
 def graph_bytes(
     *,
     op: str = "Identity",
+    domain: str = "",
+    body: bool = False,
     location: str = WEIGHTS,
     length: int = 16,
     contract: str | None = None,
@@ -50,7 +52,9 @@ def graph_bytes(
     weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
     for key, value in {"location": location, "offset": "0", "length": str(length)}.items():
         weight.external_data.add(key=key, value=value)
-    nodes = [helper.make_node(op, ["w"], ["y"])]
+    nodes = [helper.make_node(op, ["w"], ["y"], domain=domain)]
+    if body:
+        nodes[0].attribute.append(helper.make_attribute("body", helper.make_graph([], "body", [], [])))
     out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
     model = helper.make_model(
         helper.make_graph(nodes, "step", [], [out], [weight]), opset_imports=[helper.make_opsetid("", opset)]
@@ -615,6 +619,11 @@ def test_staging_is_held_to_the_same_rules(tmp_path: Path) -> None:
         ({"op": "If"}, "uses If; a step graph has no control flow"),
         ({"op": "Loop"}, "uses Loop"),
         ({"op": "Scan"}, "uses Scan"),
+        ({"op": "Sampling", "domain": "com.microsoft"}, "uses ['com.microsoft.Sampling']; besides ONNX's own"),
+        ({"op": "EPContext", "domain": "com.microsoft"}, "uses ['com.microsoft.EPContext']"),  # an engine
+        ({"op": "EPContext"}, "uses ['.EPContext']"),
+        ({"op": "SkipNorm", "domain": "trt.plugins"}, "uses ['trt.plugins.SkipNorm']"),
+        ({"op": "Gelu", "body": True}, "uses graphs in nodes; a step graph has no control flow"),
         ({"opset": 19}, "has opset and IR version (19, 10), the manifest says (20, 10)"),
     ],
 )
@@ -624,6 +633,24 @@ def test_graph_rules(tmp_path: Path, graph: dict[str, Any], message: str) -> Non
     opened = open_bundle(made, verify=False)
     with pytest.raises(BundleError):
         opened.file(GRAPH)
+
+
+@pytest.mark.parametrize("domain", ["", "ai.onnx"])
+def test_operators_of_onnx_may_say_so(tmp_path: Path, domain: str) -> None:
+    open_bundle(make(tmp_path / "bundle", domain=domain))
+    open_bundle(make(tmp_path / "another", op="FastGelu", domain="com.microsoft"))
+
+
+@pytest.mark.parametrize("name", ["block_step.ort", "block_step", "block_step.onnx.ort", "block_step.ONNX"])
+def test_a_graph_is_an_onnx_file_by_name(made: Path, name: str) -> None:
+    """onnxruntime chooses its parser by it, and one file can be sound in two formats."""
+    manifest = manifest_of(made)
+    (made / GRAPH).rename(made / name)
+    (made / "manifest.json").unlink()
+    files = {name if key == GRAPH else key: entry for key, entry in manifest.files.items()}
+    graphs = {"block_step": dataclasses.replace(manifest.graphs["block_step"], file=name)}
+    with pytest.raises(BundleError, match="expected one that ends in .onnx"):
+        write_manifest(made, dataclasses.replace(manifest, files=files, graphs=graphs))
 
 
 def test_a_variant_is_checked_too_and_all_graphs_are_reported(tmp_path: Path) -> None:

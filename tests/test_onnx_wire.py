@@ -46,7 +46,7 @@ def test_plain_model() -> None:
     facts = graph_facts(model(graph("g", initializers=tensors), key="välue", other="").SerializeToString())
     assert (facts.ir_version, facts.opset) == (10, 20)
     assert facts.metadata == {"key": "välue", "other": ""}
-    assert facts.op_types == {"Identity"}
+    assert facts.operators == {("", "Identity")}
     assert facts.external_initializers == {
         "a": ExternalData("weights.safetensors", 0, 8),
         "b": ExternalData("weights.safetensors", 4096, None),
@@ -103,7 +103,7 @@ def test_external_data_is_found_everywhere() -> None:
         "training-init",
         "training-algo",
     }
-    assert facts.op_types == {"Identity", "If", "Constant", "Sin", "Cos"}
+    assert facts.operators == {("", kind) for kind in ("Identity", "If", "Constant", "Sin", "Cos")}
     assert facts.external_initializers == {}
 
 

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from famexport.contract import CHUNK_LENGTH, QUANTIZED, StepContract, TensorSpec, present_name
-from famexport.errors import FamExportError, IncompatibleError, MissingDependencyError
+from famexport.errors import FamExportError, IncompatibleError, MissingDependencyError, UsageError, first_line
 from famexport.runtime.backend import STORAGE, Backend
 from famexport.runtime.host import HostLoop
+from famexport.runtime.ort_io import ONNX_TYPES, check_io
 from famexport.tensorfile import read_header
 
 _CONVERT = "session.x64quantprecision"  # signed weights to unsigned, as they are loaded
+ONNX_ONLY = ("session.load_model_format", "ONNX")  # what was checked, and no other format, whatever the file's name
 _SIGNED_PRODUCT = Path(__file__).parent / "signed_product.onnx"
-_ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7, "int32": 6, "bool": 9, "int8": 3, "uint8": 2}
 
 
 def import_onnxruntime() -> Any:
@@ -62,7 +63,7 @@ def signed_products_overflow() -> bool:
             return True
     except Exception as exc:  # onnxruntime raises a class of its own per status code
         raise IncompatibleError(
-            f"onnxruntime {ort.__version__} cannot multiply int8: {_first_line(exc)}; upgrade it, or export in fp32"
+            f"onnxruntime {ort.__version__} cannot multiply int8: {first_line(exc)}; upgrade it, or export in fp32"
         ) from exc
     raise IncompatibleError(
         f"onnxruntime {ort.__version__} gives wrong int8 products on this CPU; upgrade it, or export in fp32"
@@ -101,6 +102,7 @@ class OrtCpu(Backend):
         threads: intra-op threads; None leaves ONNX Runtime's own choice, one per physical core.
     Raises:
         IncompatibleError: this onnxruntime cannot run a graph.
+        BundleError: a graph takes or gives something else than the contract says.
     """
 
     name = "ort-cpu"
@@ -120,14 +122,17 @@ class OrtCpu(Backend):
         # The sessions point into these and do not keep them alive; nor does an OrtValue its array.
         self.weights = _mapped_weights(weights) if weights and len(graphs) > 1 else {}
         shared = {
-            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_TYPES[dtype])
+            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX_TYPES[dtype])
             for name, (array, dtype) in self.weights.items()
         }
         self.sessions = {name: self._load(ort, file, shared, threads) for name, file in graphs.items()}
+        for name, session in self.sessions.items():
+            check_io(session, contract.graph(name))
 
     def _load(self, ort: Any, graph: Path, shared: Mapping[str, Any], threads: int | None) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions; what it logs besides is no news to a user
+        options.add_session_config_entry(*ONNX_ONLY)
         if threads:
             options.intra_op_num_threads = threads
         if self.precision in QUANTIZED:
@@ -150,7 +155,7 @@ class OrtCpu(Backend):
         try:
             return ort.InferenceSession(str(graph), options, providers=[self.provider], disabled_optimizers=disabled)
         except Exception as exc:  # onnxruntime raises a class of its own per status code
-            reason = _first_line(exc)
+            reason = first_line(exc)
             raise IncompatibleError(
                 f"onnxruntime {ort.__version__} cannot load {graph.name}: {reason}; "
                 "upgrade onnxruntime, or export with --opset 20"
@@ -211,20 +216,23 @@ class OrtLoop(HostLoop):
         key = name, self.current, self.open_current
         call = self._calls.get(key)
         if call is None:
-            call = self._calls[key] = _Call(self._bind(name))
+            call = self._calls[key] = self._bind(name)
         # Binding costs as much as all the rest of this loop, and callers mostly give the same buffer again
         if out is not None and call.bound() is not out:
             call.bind(out)
         try:
-            self._sessions[name].run_with_iobinding(call.binding)
+            call.session.run_with_iobinding(call.binding)
         except Exception as exc:  # onnxruntime raises a class of its own per status code
-            raise FamExportError(f"onnxruntime failed in {name}: {_first_line(exc)}") from exc
+            raise FamExportError(f"onnxruntime failed in {name}: {first_line(exc)}") from exc
 
-    def _bind(self, name: str) -> Any:
-        binding, io = self._sessions[name].io_binding(), self._graphs[name]
+    def _bind(self, name: str) -> _Call:
+        weights, session = self._weights, self._sessions.get(name)  # in this order: a close in between shows
+        if session is None:
+            raise UsageError("the stream was closed meanwhile; open another with session.stream()")
+        binding, io = session.io_binding(), self._graphs[name]
 
         def place(bind: Callable[..., None], graph_name: str, spec: TensorSpec, array: np.ndarray) -> None:
-            bind(graph_name, "cpu", 0, _ONNX_TYPES[spec.dtype], list(spec.sized(self.batch)), array.ctypes.data)
+            bind(graph_name, "cpu", 0, ONNX_TYPES[spec.dtype], list(spec.sized(self.batch)), array.ctypes.data)
 
         past = {**self.buffers[self.current], **self.open_buffers[self.open_current]}
         new = {**self.buffers[1 - self.current], **self.open_buffers[1 - self.open_current]}
@@ -234,31 +242,28 @@ class OrtLoop(HostLoop):
             place(binding.bind_input, spec.name, spec, past[spec.name])
         for spec in io.new:
             place(binding.bind_output, present_name(spec.name), spec, new[spec.name])
-        return binding
+        return _Call(session, weights, binding)
 
     def close(self) -> None:
+        """A call that another thread is in holds what it needs until it is over."""
         self._calls.clear()
         self._sessions = {}  # the last stream of a closed session takes its weights along
         self._weights = {}
 
 
 class _Call:
-    """A graph with its state bound, and the array that its logits are bound to.
+    """A graph with its state bound, what must live while it runs, and the array that its logits are bound to.
 
     That is known by a weak reference: numpy does not resize an array that has one, so while it lives its memory is
     where it was.
     """
 
-    __slots__ = ("binding", "bound")
+    __slots__ = ("binding", "bound", "session", "weights")
 
-    def __init__(self, binding: Any) -> None:
-        self.binding = binding
+    def __init__(self, session: Any, weights: Mapping[str, Any], binding: Any) -> None:
+        self.session, self.weights, self.binding = session, weights, binding
         self.bound: Callable[[], np.ndarray | None] = lambda: None
 
     def bind(self, out: np.ndarray) -> None:
-        self.binding.bind_output("logits", "cpu", 0, _ONNX_TYPES["float32"], list(out.shape), out.ctypes.data)
+        self.binding.bind_output("logits", "cpu", 0, ONNX_TYPES["float32"], list(out.shape), out.ctypes.data)
         self.bound = weakref.ref(out)
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0][:500]

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from famexport.contract import StepContract, TensorSpec
-from famexport.errors import FamExportError, IncompatibleError
+from famexport.errors import FamExportError, IncompatibleError, first_line
 from famexport.runtime.backend import Backend
 from famexport.runtime.cuda import Cuda
 from famexport.runtime.device import DeviceLoop
-from famexport.runtime.ort import _ONNX_TYPES, _first_line, import_onnxruntime
+from famexport.runtime.ort import ONNX_ONLY, import_onnxruntime
+from famexport.runtime.ort_io import ONNX_TYPES, check_io
 
 _INSTALL = "pip uninstall onnxruntime, then pip install 'famexport[gpu]'"
 
@@ -29,13 +30,13 @@ class OrtCuda(Backend):
 
     Raises:
         IncompatibleError: this onnxruntime has no such provider, or fell back to the CPU.
+        BundleError: a graph takes or gives something else than the contract says.
     """
 
     name = "ort-cuda"
     provider = "CUDAExecutionProvider"
     device = "cuda"
     uncaptured_reason: str | None = None  # where there is more to say than that the engine cannot
-    kernels: str | None = None  # "fused", or why they are not, where a bundle has graphs made for CUDA
     library: Path | None = None  # of custom operators
     libraries = "its CUDA or cuDNN libraries (pip install 'onnxruntime-gpu[cuda,cudnn]')"
 
@@ -76,7 +77,9 @@ class OrtCuda(Backend):
 
     def _load(self, name: str) -> Any:
         """A session of one graph, as the backend wants it."""
-        return self._session(name)
+        session = self._session(name)
+        check_io(session, self.contract.graph(name))
+        return session
 
     def _session(self, name: str, extra: Mapping[str, str] | None = None) -> Any:
         """A session of one graph; ``extra``: options of the provider."""
@@ -88,7 +91,7 @@ class OrtCuda(Backend):
             session = ort.InferenceSession(str(graph), self._options, providers=providers)
         except Exception as exc:  # onnxruntime raises a class of its own per status code
             raise IncompatibleError(
-                f"onnxruntime {ort.__version__} cannot load {graph.name} on {self.provider}: {_first_line(exc)}; "
+                f"onnxruntime {ort.__version__} cannot load {graph.name} on {self.provider}: {first_line(exc)}; "
                 "check the driver with nvidia-smi, or use the backend ort-cpu"
             ) from exc
         if (got := session.get_providers()[0]) != self.provider:
@@ -102,6 +105,7 @@ class OrtCuda(Backend):
         """Those of all sessions, later ones too: the library is loaded once, right after it was checked."""
         options = self._ort.SessionOptions()
         options.log_severity_level = 4
+        options.add_session_config_entry(*ONNX_ONLY)
         options.enable_mem_pattern = False  # from the second run on it would hold all activations twice
         if self._threads:
             options.intra_op_num_threads = self._threads
@@ -116,7 +120,7 @@ class OrtCuda(Backend):
             from famexport.kernels.build import COMMAND
 
             raise IncompatibleError(
-                f"onnxruntime {self._ort.__version__} cannot load {library.name}: {_first_line(exc)}; "
+                f"onnxruntime {self._ort.__version__} cannot load {library.name}: {first_line(exc)}; "
                 f"build it again: {COMMAND}"
             ) from exc
 
@@ -177,7 +181,7 @@ class OrtEnqueuer:
         try:
             self._sessions[graph].run_with_iobinding(binding, options)
         except Exception as exc:  # onnxruntime raises a class of its own per status code
-            raise FamExportError(f"onnxruntime failed in {graph}: {_first_line(exc)}") from exc
+            raise FamExportError(f"onnxruntime failed in {graph}: {first_line(exc)}") from exc
 
     def _options(self, graph: str, addresses: Mapping[str, int]) -> Any:
         return None
@@ -187,7 +191,7 @@ class OrtEnqueuer:
 
         def place(bind: Any, spec: TensorSpec) -> None:
             shape = list(spec.sized(self._batch))
-            bind(spec.name, "cuda", 0, _ONNX_TYPES[spec.dtype], shape, addresses[spec.name])
+            bind(spec.name, "cuda", 0, ONNX_TYPES[spec.dtype], shape, addresses[spec.name])
 
         for spec in io.taken:
             place(binding.bind_input, spec)

@@ -22,16 +22,10 @@ from famexport.runtime.device import DeviceLoop
 from famexport.runtime.device_weights import DeviceWeights
 from famexport.runtime.enqueue import CudaLayer
 from famexport.runtime.layout import START, Layout, ring_layout
-from famexport.runtime.ort import _ONNX_TYPES
 from famexport.runtime.ort_cuda import OrtCuda, OrtEnqueuer
+from famexport.runtime.ort_io import DTYPES, ONNX_TYPES
 
 Call = tuple[str, tuple[int, ...]]  # a graph and the addresses of what it takes and gives
-_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-}
 
 
 def ring_files(bundle: Bundle, *, fused: bool = False) -> dict[str, Path]:
@@ -233,7 +227,7 @@ class RingEnqueuer(OrtEnqueuer):
         binding, known = session.io_binding(), {**self._weights.address, **addresses}
         for values, bind in ((session.get_inputs(), binding.bind_input), (session.get_outputs(), binding.bind_output)):
             for value in values:
-                dtype = _ONNX_TYPES[_TYPES[value.type]]
+                dtype = ONNX_TYPES[DTYPES[value.type]]
                 bind(value.name, "cuda", 0, dtype, list(value.shape), known[value.name])
         return binding
 
@@ -301,7 +295,7 @@ def _sizes(layout: Layout, io: GraphIO, batch: int) -> tuple[_Sizes, _Sizes]:
 def _problems(values: Any, sizes: _Sizes) -> list[str]:
     found = []
     for value in values:
-        dtype, fixed = _TYPES.get(value.type), all(isinstance(n, int) and n > 0 for n in value.shape)
+        dtype, fixed = DTYPES.get(value.type), all(isinstance(n, int) and n > 0 for n in value.shape)
         if value.name not in sizes or dtype is None or not fixed:
             found.append(f"{value.name!r:.80} {value.type} {list(value.shape)} is nothing that a step has")
             continue

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from famexport.contract import OPEN_LENGTH, StepContract, TensorSpec
-from famexport.errors import FamExportError
+from famexport.errors import FamExportError, first_line
 from famexport.runtime.backend import STORAGE, Loop
 from famexport.runtime.host import is_finite, nonfinite_rows
 
@@ -92,7 +92,7 @@ class TorchLoop(Loop):
         except FamExportError:
             raise
         except Exception as exc:  # torch's own, and its compilers'
-            said = (str(exc).strip() or type(exc).__name__).splitlines()[0][:500]
+            said = first_line(exc)
             raise FamExportError(f"torch failed in {graph}: {said}") from exc
 
     def _feed(self, arrays: Sequence[np.ndarray]) -> list[Any]:

@@ -122,9 +122,9 @@ def load_model(contract: StepContract, config: FamConfig, weights: Path, device:
     with torch.device("meta"):
         model = FamModel(config).eval()
     model.rope = type(model.rope)(config).to(device)  # tables are computed, so they must not be on "meta"
-    missing = set(dict(model.named_parameters()))
+    missing, names = set(dict(model.named_parameters())), read_header(weights)
     with safe_open(weights, framework="pt") as file:
-        for name in read_header(weights):
+        for name in names:
             tensor = file.get_tensor(name).to(device)
             if name == "fam_init":
                 model.fam_init = tensor
