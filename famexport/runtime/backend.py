@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from famexport.contract import StepContract, TensorSpec
-from famexport.errors import ContractError, raise_problems
+from famexport.errors import ContractError, FamExportError, raise_problems
 
+MAX_BATCH = 2**20  # rows; no device holds as many
 Arrays = dict[str, np.ndarray]
 
 # numpy has no bfloat16: its bits are kept as uint16, and shown to the outside as float32, which holds them exactly
@@ -154,6 +155,8 @@ class Backend(ABC):
     name: str
     provider: str
     device: str
+    kernels: str | None = None  # "fused", or why they are not, where a bundle has graphs made for CUDA
+    engines: Mapping[str, str] = {}  # SHA-256 of what was built for a machine and is run in place of graphs, by name
 
     def __init__(self, contract: StepContract, precision: str) -> None:
         self.contract, self.precision = contract, precision
@@ -162,13 +165,22 @@ class Backend(ABC):
         """A new loop with all-zero state. ``batch`` may be given only where the contract's is dynamic."""
         fixed = self.contract.batch
         problems = []
-        if fixed == "dynamic":
-            if batch is not None and batch < 1:
-                problems.append(f"batch must be at least 1, got {batch}")
+        if batch is not None and (not isinstance(batch, int | np.integer) or isinstance(batch, bool)):
+            problems.append(f"batch must be a number of rows, got {batch!r:.80}")
+        elif fixed == "dynamic":
+            if batch is not None and not 1 <= batch <= MAX_BATCH:
+                problems.append(f"batch must be from 1 to {MAX_BATCH}, got {batch}")
         elif batch not in (None, fixed):
             problems.append(f"got batch {batch}, this bundle was exported for {fixed}; export with --batch dynamic")
         raise_problems(ContractError, "cannot open a stream", problems)
-        return self._open(batch or (fixed if isinstance(fixed, int) else 1))
+        rows = int(batch or (fixed if isinstance(fixed, int) else 1))
+        try:
+            return self._open(rows)
+        except MemoryError as exc:
+            raise FamExportError(
+                f"there is no memory for {rows} rows, whose state takes {self.contract.state_bytes(rows)} bytes twice; "
+                "open a smaller batch"
+            ) from exc
 
     @abstractmethod
     def _open(self, batch: int) -> Loop: ...

@@ -14,13 +14,16 @@ def chunk_width(contract: StepContract, positions: int) -> int:
 
 
 def chunk_plan(contract: StepContract) -> list[tuple[int, int]]:
-    """A whole block in chunks, as (width, positions that count): each narrower width once, then as few as possible."""
-    plan = [(c, c) for c in contract.chunks[:-1]]
-    while sum(n for _, n in plan) > contract.block_size:
-        plan.pop()
-    while left := contract.block_size - sum(n for _, n in plan):
+    """A whole block in chunks, as (width, positions that count): every width once, then as few as possible."""
+    plan, left = [], contract.block_size
+    for i, width in enumerate(contract.chunks):
+        n = min(width, left - len(contract.chunks[i + 1 :]))  # at least a position for each of the others
+        plan.append((width, n))
+        left -= n
+    while left:
         width = chunk_width(contract, left)
         plan.append((width, min(width, left)))
+        left -= plan[-1][1]
     return plan
 
 

@@ -298,5 +298,5 @@ def _import_cuda() -> tuple[Any, Any, Any]:
             from cuda import cudart as runtime
             from cuda import nvrtc
     except ImportError as exc:
-        raise MissingDependencyError("cuda-python", "tensorrt", "running on CUDA devices") from exc
+        raise MissingDependencyError("cuda-python", "gpu", "running on CUDA devices") from exc
     return runtime, driver, nvrtc

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from famexport.contract import CHUNK_LENGTH, StepContract
-from famexport.errors import FamExportError
+from famexport.errors import FamExportError, UsageError
 from famexport.runtime.backend import STORAGE, Loop
 from famexport.runtime.cuda import TABLE_ROW
 from famexport.runtime.device_memory import DeviceMemory, Key
@@ -111,7 +111,7 @@ class DeviceLoop(Loop):
         self, call: str, name: str, wanted: Rows, inputs: Mapping[str, np.ndarray], out: np.ndarray | None
     ) -> None:
         """``wanted``: rows whose results will be looked at."""
-        self._cuda.bind()
+        self._bind()
         if not self._ready:
             self.warm_up()
         self._blank = False
@@ -142,7 +142,7 @@ class DeviceLoop(Loop):
 
     def time_device(self) -> None:
         with self._cuda.lock:
-            self._cuda.bind()
+            self._bind()
             self._events = self._events or [self._cuda.event(), self._cuda.event()]
 
     def back_to_back(self, fed: np.ndarray, blocks: int) -> float | None:
@@ -162,7 +162,7 @@ class DeviceLoop(Loop):
     def warm_up(self) -> None:
         """Run every graph in every orientation and capture it. The first call does it; the state is as before after."""
         with self._cuda.lock:
-            self._cuda.bind()
+            self._bind()
             self._drop_graphs()
             self._cuda.prepare()
             with self._kept_state():
@@ -244,7 +244,7 @@ class DeviceLoop(Loop):
 
     def commit(self, rows: Sequence[int] | None = None) -> None:
         with self._cuda.lock:
-            self._cuda.bind()
+            self._bind()
             self._state.commit(self._done, rows, self._appended, starting=self._starting)
 
     def bad_rows(self, logits: np.ndarray | None = None, lengths: np.ndarray | None = None) -> list[int]:
@@ -255,30 +255,35 @@ class DeviceLoop(Loop):
 
     def tensor(self, name: str, row: int | None = None) -> np.ndarray:
         with self._cuda.lock:
-            self._cuda.bind()
+            self._bind()
             return self._state.read(name, row)
 
     def write(self, state: Mapping[str, np.ndarray], row: int | None = None) -> None:
         with self._cuda.lock:
-            self._cuda.bind()
+            self._bind()
             self._blank = False
             for name, array in state.items():
                 self._state.write(name, array, row)
 
     def truncate(self, rows: Iterable[int], length: int) -> None:
         with self._cuda.lock:
-            self._cuda.bind()
+            self._bind()
             self._blank = False
             self._state.truncate(rows, length)
 
     def zero(self, rows: Sequence[int] | None) -> None:
         with self._cuda.lock:
-            self._cuda.bind()
+            self._bind()
             self._state.zero(range(self.batch) if rows is None else rows)
 
     def _drop_graphs(self) -> None:
         while self._captured:
             self._cuda.drop_graph(self._captured.popitem()[1])
+
+    def _bind(self) -> None:
+        if self._closed:  # by another thread: its memory may be somebody else's by now
+            raise UsageError("the stream was closed meanwhile; open another with session.stream()")
+        self._cuda.bind()
 
     def close(self) -> None:
         with self._cuda.lock:

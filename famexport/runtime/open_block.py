@@ -7,10 +7,11 @@ from math import prod
 import numpy as np
 
 from famexport.contract import OPEN_LENGTH
-from famexport.errors import ContractError, SnapshotError
+from famexport.errors import ContractError, NonFiniteError, SnapshotError
 from famexport.runtime.backend import STORAGE, Arrays, Loop
 from famexport.runtime.chunks import chunk_width
 from famexport.runtime.host import is_finite
+from famexport.runtime.interrupts import uninterrupted
 from famexport.runtime.snapshot import Origin, Snapshot
 from famexport.runtime.stream import Stream
 
@@ -46,10 +47,19 @@ class AppendStream(Stream):
             self._refuse(loop, bad)
             return given
         if not self.room:
-            loop.commit()  # of the block's end
-            self.held, self.blocks = 0, self.blocks + 1
+            self._end_block(loop, start)
         self._keep_last(given[:, -1])
         return given
+
+    def _end_block(self, loop: Loop, start: int) -> None:
+        """Commit the block's end, which is computed."""
+        with uninterrupted():
+            try:
+                loop.commit()
+            except BaseException:
+                self._take_back(loop, start)
+                raise
+            self.held, self.blocks = 0, self.blocks + 1
 
     def _take_back(self, loop: Loop, held: int) -> None:
         self.held = held
@@ -103,7 +113,11 @@ class AppendStream(Stream):
 
 class PaddedStream(Stream):
     """A stream over ``block_step`` alone. Logits within a block come from a padded one that is never committed: it is
-    causal, so they are exact, and each ``feed`` that ends within a block costs a whole one."""
+    causal, so they are exact, and each ``feed`` that ends within a block costs a whole one.
+
+    Where the bundle gives last rows only, nothing of a block is computed before its end: one that is not finite there
+    goes as a whole.
+    """
 
     def __init__(self, loop: Loop, origin: Origin, on_nonfinite: str = "raise") -> None:
         super().__init__(loop, origin, on_nonfinite)
@@ -119,7 +133,14 @@ class PaddedStream(Stream):
             self._inputs[:, before:end] = rows
             rows = self._inputs
         if end == self.contract.block_size:
-            self._whole_block(loop, rows, logits)
+            self.held = before if every else 0
+            try:
+                self._whole_block(loop, rows, logits)
+            except NonFiniteError:
+                raise
+            except BaseException:
+                self.held = before
+                raise
             return logits[:, before:] if every and before else logits
         if not every:
             self.held = end

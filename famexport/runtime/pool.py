@@ -24,11 +24,13 @@ import numpy as np
 from famexport.errors import BackpressureError, UsageError
 from famexport.runtime.backend import STORAGE, Loop
 from famexport.runtime.chunks import chunk_width
+from famexport.runtime.interrupts import uninterrupted
 from famexport.runtime.pool_stream import PoolStream
 from famexport.runtime.snapshot import Origin
 from famexport.runtime.stream import check_policy
 
 _LINGER_S = 5e-4  # what a thread needs to take a result and ask again
+_LOOK_S = 0.1  # how often one that waits looks whether it was interrupted
 
 
 class Pool:
@@ -83,12 +85,15 @@ class Pool:
     def run(self) -> int:
         """One round: at most one block or chunk of every stream that has something queued and room for the result.
 
+        Ctrl-C comes after it: every result is in its stream then.
+
         Returns:
             how many streams it served; 0 where nothing is ready.
         Raises:
-            FamExportError: the engine failed; every stream is as it was, and what was queued is still there.
+            FamExportError: the engine failed in one of the calls of the round. The streams of that call are as they
+                were and what they queued is still there; those of calls before it have their results.
         """
-        with self._exclusive():
+        with uninterrupted(), self._exclusive():
             return self._round()
 
     @contextmanager
@@ -104,21 +109,22 @@ class Pool:
     def _serve(self, stream: PoolStream) -> None:
         """Return when there is something for ``stream``, or a round has been run: by this thread if nobody else is at
         the engine, or else by whoever is."""
-        with self._queues:
-            while True:
-                if stream._has_something():
-                    return
-                if self._engine.acquire(blocking=False):
-                    break
-                self._queues.wait()
-        try:
-            self._live()
-            self._gather()
-            self._round()
-        finally:
-            self._engine.release()
+        with uninterrupted() as interrupts:
             with self._queues:
-                self._queues.notify_all()
+                while True:
+                    if stream._has_something() or interrupts:
+                        return
+                    if self._engine.acquire(blocking=False):
+                        break
+                    self._queues.wait(_LOOK_S)
+            try:
+                self._live()
+                self._gather()
+                self._round()
+            finally:
+                self._engine.release()
+                with self._queues:
+                    self._queues.notify_all()
 
     def _gather(self) -> None:
         """Before a round, by whoever holds the engine: let the streams of the last one ask again, or else threads that

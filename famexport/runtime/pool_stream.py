@@ -114,10 +114,13 @@ class PoolStream(TokenStream):
         """Make this a fresh stream; what is queued or uncollected is dropped."""
         with self._pool._exclusive(), self._pool._queues:
             self._live()
-            self._pool._live().zero([self.row])
-            self._clear()
-            self.held = self.blocks = 0
-            self._last = None
+            self._begin_again(self._pool._live())
+
+    def _begin_again(self, loop: Loop) -> None:
+        self._clear()
+        self.held = self.blocks = 0
+        self._last = None
+        loop.zero([self.row])
 
     def state(self) -> Arrays:
         """Copies of this row's state, [1, ...] by contract name; bfloat16 comes as float32, exactly."""
@@ -142,11 +145,14 @@ class PoolStream(TokenStream):
             if (saved.open_inputs is not None and saved.open_inputs.shape[1]) or (held and not self.contract.chunks):
                 raise SnapshotError("the snapshot has an open block of another kind; take it at the end of a block")
             loop, names = self._pool._live(), {spec.name for spec in self.contract.all_states}
-            loop.zero([self.row])
-            loop.write({name: array for name, array in saved.state.items() if name in names}, self.row)
-            self._clear()
-            self.held, self.blocks = held, saved.blocks
-            self._last = None if saved.last_logits is None else saved.last_logits.copy()
+            try:
+                self._begin_again(loop)
+                loop.write({name: array for name, array in saved.state.items() if name in names}, self.row)
+                self.held, self.blocks = held, saved.blocks
+                self._last = None if saved.last_logits is None else saved.last_logits.copy()
+            except BaseException:  # half of it is there
+                self._begin_again(loop)
+                raise
 
     def close(self) -> None:
         """End the stream, also in the middle of something: its row is free. Closing twice does nothing."""

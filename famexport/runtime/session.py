@@ -12,7 +12,7 @@ from typing import Any
 from famexport.bundle import Bundle, open_bundle
 from famexport.config import FamConfig
 from famexport.contract import QUANTIZED, StepContract
-from famexport.errors import IncompatibleError, UntrustedError, UsageError
+from famexport.errors import BundleError, IncompatibleError, UntrustedError, UsageError
 from famexport.runtime.backend import Backend, Loop
 from famexport.runtime.open_block import AppendStream, PaddedStream
 from famexport.runtime.pool import Pool
@@ -33,11 +33,11 @@ class Session:
         self._closed = False
 
     def info(self) -> dict[str, Any]:
-        """Backend, why it was chosen, provider, device, precision, bytes of one row's state, and the bundle's id.
+        """Backend, why it was chosen, provider, device, precision, bytes of the state (of all rows where the batch is
+        fixed, or else of one), and the bundle's id.
 
-        With the backend ort-cuda also ``kernels``, where the bundle has graphs made for it: "fused", or why not.
+        ``kernels``: with the backend ort-cuda, where the bundle has graphs made for it, "fused" or why not; else None.
         """
-        kernels = getattr(self.backend, "kernels", None)
         return {
             "backend": self.backend.name,
             "reason": self._reason or "asked for",
@@ -46,7 +46,7 @@ class Session:
             "precision": self.backend.precision,
             "state_bytes": self.contract.state_bytes(),
             "bundle_id": self.bundle.id,
-            **({"kernels": kernels} if kernels else {}),
+            "kernels": self.backend.kernels,
         }
 
     def stream(self, batch: int | None = None, *, on_nonfinite: str = "raise") -> Stream:
@@ -85,8 +85,9 @@ class Session:
         if manifest.config is None:  # a module of one's own: its graph is the model
             model["graphs"] = graphs
         digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
-        fused = " fused" if getattr(self.backend, "kernels", None) == "fused" else ""  # it rounds differently
-        return Origin(digest, engine_name(self.backend.name + fused, graphs, batch), self.contract)
+        fused = " fused" if self.backend.kernels == "fused" else ""  # it rounds differently
+        runs = {**graphs, **self.backend.engines}
+        return Origin(digest, engine_name(self.backend.name + fused, runs, batch), self.contract)
 
     def close(self) -> None:
         """Open no more streams; those that are open go on. Closing twice does nothing."""
@@ -126,7 +127,20 @@ def load(
     base, colon, _ = backend.partition(":")
     if base not in ("auto", *BACKENDS) or (colon and not base.startswith("torch")):
         raise UsageError(f"no backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, progress=progress)
+    for attempt in (1, 2, 3):
+        opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, progress=progress)
+        session = _load(opened, backend, threads)
+        try:
+            opened.require_unchanged()  # an exporter may have published anew while it was loaded
+            return session
+        except BundleError:
+            session.close()
+            if attempt == 3 or isinstance(bundle, Bundle):
+                raise
+    raise AssertionError("unreachable")
+
+
+def _load(opened: Bundle, backend: str, threads: int | None) -> Session:
     if backend != "auto":
         return Session(opened, open_backend(opened, backend, threads))
     reasons: list[str] = []
@@ -144,15 +158,22 @@ def load(
     raise AssertionError("unreachable")
 
 
+def precision_problem(precision: str, backend: str) -> str | None:
+    """Why ``backend`` runs no bundle of that precision; None where it does."""
+    if precision not in QUANTIZED or backend == "ort-cpu":
+        return None
+    return (
+        f"an {precision} bundle has graphs for ONNX Runtime on CPUs, which {backend} does not run; "
+        "use ort-cpu, or export with --precision fp32, fp16 or bf16"
+    )
+
+
 def open_backend(bundle: Bundle, name: str, threads: int | None = None) -> Backend:
     """The backend ``name`` over a checked bundle."""
     manifest = bundle.manifest
     weights = bundle.file(manifest.weights) if manifest.weights else None
-    if manifest.precision in QUANTIZED and name != "ort-cpu":
-        raise IncompatibleError(
-            f"an {manifest.precision} bundle has graphs for ONNX Runtime on CPUs, which {name} does not run; "
-            "use ort-cpu, or export with --precision fp32, fp16 or bf16"
-        )
+    if problem := precision_problem(manifest.precision, name):
+        raise IncompatibleError(problem)
     if name == "ort-cpu":
         from famexport.runtime.ort import OrtCpu
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from famexport.contract import StepContract
 from famexport.errors import ContractError, NonFiniteError, UsageError, raise_problems
 from famexport.runtime.backend import Arrays, Loop, check_array, to_public, to_storage
 from famexport.runtime.generate import Sampler, generate
+from famexport.runtime.host import is_finite
 from famexport.runtime.pieces import Pieces
 from famexport.runtime.snapshot import Origin, Snapshot
 
@@ -194,14 +196,20 @@ class Stream(TokenStream):
             kinds = (int, np.integer)  # a list of bools would be taken for a mask
             if bad := [r for r in rows if not isinstance(r, kinds) or isinstance(r, bool) or not 0 <= r < self.batch]:
                 raise ContractError(f"reset: rows {bad} are not in the batch; expected 0 to {self.batch - 1}")
-            if self.held:
-                raise ContractError(
-                    f"reset: a block is open with {self.held} positions; reset all rows, or complete it"
-                )
-        else:
-            self.held = self.blocks = 0
-            self._has_last = False
-        loop.zero(rows)
+            if len(set(rows)) < self.batch:
+                if self.held:
+                    raise ContractError(
+                        f"reset: a block is open with {self.held} positions; reset all rows, or complete it"
+                    )
+                loop.zero(rows)
+                self._last[rows] = 0
+                return
+        self._begin_again(loop)
+
+    def _begin_again(self, loop: Loop) -> None:
+        self.held = self.blocks = 0
+        self._has_last = False
+        loop.zero(None)
 
     def state(self) -> Arrays:
         """Copies of the state, by contract name; bfloat16 comes as float32, exactly.
@@ -215,15 +223,28 @@ class Stream(TokenStream):
         """Replace the state with one that ``state`` gave.
 
         Raises:
-            ContractError: names every tensor that is missing, unknown or of the wrong dtype, shape or layout; the state
-                is unchanged then.
+            ContractError: names every tensor that is missing, unknown, of the wrong dtype, shape or layout, or not
+                finite; the state is unchanged then.
+            FamExportError: the engine failed; the stream is a fresh one.
         """
         loop = self._live()
         raise_problems(ContractError, "load_state", loop.state_problems(state))
         stored = {s.name: to_storage(state[s.name], s) for s in self.contract.all_states}
+        bad = [name for name, array in stored.items() if not is_finite(array)]
+        raise_problems(ContractError, "load_state", [f"{name} has NaN or infinity" for name in bad])
         held = self._held_in(stored)
-        loop.write(stored)
-        self.held, self._has_last = held, False
+        with self._fresh_after_failure(loop):
+            loop.write(stored)
+            self.held, self._has_last = held, False
+
+    @contextmanager
+    def _fresh_after_failure(self, loop: Loop) -> Iterator[None]:
+        """What writes a state in parts: where it ends half-way, the stream is a fresh one and not a mixture."""
+        try:
+            yield
+        except BaseException:
+            self._begin_again(loop)
+            raise
 
     def snapshot(self) -> Snapshot:
         """A deep copy of all that the stream is: save it, or ``restore`` it, here or in another process."""
@@ -238,15 +259,17 @@ class Stream(TokenStream):
             any_engine: accept one that another backend, or other graphs of the same model, computed.
         Raises:
             SnapshotError: another model, batch, or (unless ``any_engine``) engine; the state is unchanged.
+            FamExportError: the engine failed; the stream is a fresh one.
         """
         loop = self._live()
         saved.check(self._origin, self.batch, any_engine)
         held = self._load_open(saved)
-        loop.zero(None)
-        loop.write({name: array for name, array in saved.state.items() if name in self._state_names()})
-        self.held, self.blocks, self._has_last = held, saved.blocks, saved.last_logits is not None
-        if saved.last_logits is not None:
-            np.copyto(self._last, saved.last_logits)
+        with self._fresh_after_failure(loop):
+            loop.zero(None)
+            loop.write({name: array for name, array in saved.state.items() if name in self._state_names()})
+            self.held, self.blocks, self._has_last = held, saved.blocks, saved.last_logits is not None
+            if saved.last_logits is not None:
+                np.copyto(self._last, saved.last_logits)
 
     def close(self) -> None:
         """Give back the stream's memory. Closing twice does nothing."""

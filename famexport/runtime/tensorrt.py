@@ -246,6 +246,7 @@ class Tensorrt(Backend):
             for name, entry in chosen.items():
                 graph = bundle.contract.graph(name)
                 self._engines[name] = load_engine(trt, runtime, logger, bundle, entry, graph)
+            self.engines = {f"{name}.plan": entry.sha256 for name, entry in chosen.items()}
             self._runtime = runtime  # engines need it alive
         except BaseException:
             self._cuda.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from fake_cuda import FakeCuda, view
 from streaming import random_cuts, random_input, state_bytes, step_all
 
 from famexport.contract import OPEN_LENGTH, present_name
-from famexport.errors import FamExportError, IncompatibleError, NonFiniteError
+from famexport.errors import FamExportError, IncompatibleError, NonFiniteError, UsageError
 from famexport.runtime.backend import STORAGE, Backend, Loop
 from famexport.runtime.device import DeviceLoop
+from famexport.runtime.device_state import ALIGNMENT
 from famexport.runtime.session import Session
 
 Sessions = Callable[..., Any]
@@ -226,6 +228,49 @@ def test_nothing_is_allocated_after_warm_up_and_all_is_freed(sessions: Sessions,
     assert not cuda.graphs
     assert engine.closed
     assert cuda.owners == 1
+
+
+@pytest.mark.parametrize("where", ["together", "in each other", "not aligned"])
+def test_buffers_that_lie_in_each_other_are_refused(sessions: Sessions, where: str) -> None:
+    loop = over(sessions("plain"))._open(None)
+    (first, *_) = loop._memory.keys("block_step")
+    good = loop._memory.addresses(first)
+    wrong = {"together": 0, "in each other": ALIGNMENT, "not aligned": 8}[where]
+    at = {"together": "tokens", "in each other": "present_key_00", "not aligned": "tokens"}[where]
+    loop._memory._known[first] = {**good, ("tokens" if where == "not aligned" else "past_fam_00"): good[at] + wrong}
+    with pytest.raises(FamExportError, match="of block_step overlap, or are not aligned"):
+        loop.warm_up()
+    loop._memory._known[first] = good
+    loop.warm_up()
+    loop.close()
+
+
+def test_a_loop_that_another_thread_closed_touches_nothing(sessions: Sessions, kind: dict[str, bool]) -> None:
+    """Its memory may be somebody else's by then."""
+    session = sessions("all_rows")
+    loop, contract = over(session, **kind)._open(None), session.contract
+    fed, out = random_input(contract, 8, 3), np.empty((3, 8, contract.vocab_size), np.float32)
+    loop.advance(fed, out)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(loop.close).result()
+    state = {s.name: np.zeros(s.shape, STORAGE[s.dtype]) for s in contract.all_states}
+    calls: list[Callable[[], Any]] = [
+        lambda: loop.advance(fed, out),
+        lambda: loop.append(fed[:, :3], np.full(3, 3), out[:, :3]),
+        loop.end_block,
+        loop.commit,
+        loop.read,
+        lambda: loop.tensor("past_fam_00", 1),
+        lambda: loop.write(state),
+        lambda: loop.truncate([0], 0),
+        lambda: loop.zero(None),
+        loop.warm_up,
+        loop.time_device,
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="the stream was closed meanwhile; open another"):
+            call()
+    loop.close()
 
 
 def test_only_a_states_own_successor_may_share(sessions: Sessions) -> None:

@@ -97,6 +97,9 @@ def test_rows_part_at_a_block_boundary(sessions: Sessions, name: str, policy: st
             assert np.array_equal(array[[0, 2]], moved[array_name][[0, 2]])
             wanted = old[array_name][1] if policy == "skip" else np.zeros_like(array[1])
             assert np.array_equal(array[1], wanted)
+        last = went_on.last_logits.copy()
+        last[1] = spared.last_logits[1] if policy == "skip" else 0
+        assert np.array_equal(stream.last_logits, last)
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip", "reset"])
@@ -110,6 +113,23 @@ def test_rows_stay_together_within_a_block(sessions: Sessions, policy: str) -> N
             list(stream.feed([bad]))
         assert same_state(stream, spared)
         assert np.array_equal(feed(stream, [fed[:, 11:]]), feed(spared, [fed[:, 11:]]))
+
+
+@pytest.mark.parametrize("backend", ["ort-cpu", "torch"])
+def test_nothing_is_left_of_the_good_part_of_a_refused_piece(sessions: Sessions, backend: str) -> None:
+    """Its first positions were in the open block already: those places are zero again, as ``state`` shows them."""
+    session = sessions("all_embeds", backend)
+    fed, bad = random_input(session.contract, 11, seed=9), random_input(session.contract, 4, seed=10)
+    bad[:, -1, 7] = np.nan
+    with session.stream() as stream:
+        feed(stream, [fed])
+        before = stream.state()
+        with pytest.raises(NonFiniteError):
+            list(stream.feed([bad]))
+        after = stream.state()
+        assert after["past_open_key_00"][:, :, :3].any()
+        assert not after["past_open_key_00"][:, :, 3:].any()
+        assert all(np.array_equal(array, before[name]) for name, array in after.items())
 
 
 def test_what_the_end_of_a_block_makes_of_fam_counts(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +175,53 @@ def test_without_the_check_the_stream_is_lost(sessions: Sessions, monkeypatch: p
     with session.stream() as stream:
         feed(stream, [*before, bad])
         assert not np.isfinite(feed(stream, after)).any()
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "reset"])
+def test_with_last_rows_only_the_block_goes_as_a_whole(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """Nothing of it was computed before its end, so nobody can say which of its pieces was bad."""
+    session, real = sessions("last"), OrtLoop._run
+
+    def run(self: OrtLoop, name: str, out: Any) -> None:
+        real(self, name, out)
+        if (self._block_input == 95).any():
+            out[...] = np.nan
+
+    monkeypatch.setattr(OrtLoop, "_run", run)
+    fed = random_input(session.contract, 40) % 95
+    bad = fed[:, 8:11].copy()
+    bad[0, 1] = 95
+    with session.stream(on_nonfinite=policy) as stream, session.stream() as spared:
+        assert np.array_equal(feed(stream, [fed[:, :8]]), feed(spared, [fed[:, :8]]))
+        assert list(stream.feed([bad])) == []
+        if policy == "raise":
+            with pytest.raises(NonFiniteError, match="after 1 blocks"):
+                list(stream.feed([fed[:, 11:16]]))
+        else:
+            assert np.isnan(feed(stream, [fed[:, 11:16]])).all()
+        assert (stream.held, stream.nonfinite) == (0, 1)
+        if policy == "reset":
+            spared.reset()
+        assert np.array_equal(feed(stream, [fed[:, 16:]]), feed(spared, [fed[:, 16:]]))
+        assert same_state(stream, spared)
+        assert stream.blocks == spared.blocks
+
+
+def test_an_engine_that_fails_keeps_a_block_that_was_not_computed(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = sessions("last")
+    fed = random_input(session.contract, 16)
+    with session.stream() as stream, session.stream() as spared:
+        assert list(stream.feed([fed[:, :5]])) == []
+        with monkeypatch.context() as patch:
+            patch.setattr(OrtLoop, "_run", lambda self, name, out: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                list(stream.feed([fed[:, 5:8]]))
+        assert stream.held == 5
+        assert np.array_equal(feed(stream, [fed[:, 5:]]), feed(spared, [fed]))
 
 
 def test_unknown_policy(sessions: Sessions) -> None:

@@ -282,6 +282,22 @@ def test_reset_and_snapshots_of_one_row(sessions: Sessions) -> None:
             lockstep.restore(saved)
 
 
+def test_last_logits_go_with_the_state(sessions: Sessions) -> None:
+    """Or else ``generate`` without a prompt would go on from what is no longer there."""
+    session = sessions("all_rows")
+    with session.pool() as pool, pool.open() as stream:
+        blank = stream.snapshot()
+        (*_, logits) = stream.feed([random_input(session.contract, 13, seed=7)])
+        saved = stream.snapshot()
+        for again in (stream.reset, lambda: stream.restore(blank)):
+            stream.restore(saved)
+            assert np.array_equal(stream.last_logits, logits[:, -1])
+            again()
+            assert stream.last_logits is None
+            with pytest.raises(ContractError, match="the prompt is empty and nothing was fed before"):
+                stream.generate([], 3)
+
+
 def test_generate_in_a_pool(sessions: Sessions) -> None:
     session = sessions("all_dynamic")
     prompts = [random_input(session.contract, n, seed=n)[0] for n in (1, 7, 8, 20)]

@@ -102,6 +102,23 @@ def test_a_loop_that_is_wrong_is_reported(
         verify(bundles(name))
 
 
+@pytest.mark.parametrize("name", ["past_fam_01", "past_key_00", "past_count"])
+def test_what_an_appended_block_leaves_behind_is_checked(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """block_step is right, and so is all of the first appended block: only the second reads what that left."""
+    bundles("all")  # made by a loop that is right
+    real = OrtLoop.end_block
+
+    def forgotten(self: Any) -> None:
+        real(self)
+        self.buffers[1 - self.current][name][...] = 0
+
+    monkeypatch.setattr(OrtLoop, "end_block", forgotten)
+    with pytest.raises(ParityError, match="golden rollout differs on this device by"):
+        verify(bundles("all"))
+
+
 def altered(bundles: Bundles, to: Path, file: str, change: Callable[[bytearray], Any]) -> Path:
     copy = Path(shutil.copytree(bundles("plain"), to / "bundle"))
     data = bytearray((copy / file).read_bytes())
@@ -180,6 +197,21 @@ def test_recordings_that_do_not_fit(sessions: Callable[..., Any]) -> None:
     with pytest.raises(BundleError, match="golden rollout cannot be read"):
         replay(b"\x00" * 20, loop, 1e-5)
     assert replay(save(good), loop, 1e-5).worst < 1e-5  # whatever state the loop was in
+
+
+def test_a_wrong_state_is_reported_where_all_logits_are_right(sessions: Callable[..., Any]) -> None:
+    """That of the last block, which no logits show any more."""
+    from safetensors.numpy import load, save
+
+    session = sessions("plain")
+    good, loop = load(session.bundle.read("golden.safetensors")), session.backend.open()
+    for spec in session.contract.states:
+        wrong = save({**good, f"state.{spec.name}": good[f"state.{spec.name}"] + 1})
+        with pytest.raises(ParityError, match="golden rollout differs on this device by"):
+            replay(wrong, loop, 1e-2), spec.name
+        assert (
+            replay(wrong, loop, 1e-2, blocks=GOLDEN_BLOCKS - 1).state_error == 0
+        )  # of another block's nothing is known
 
 
 def test_relative_error() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from streaming import random_input
 
 import famexport as fx
+from famexport.contract import TensorSpec
 from famexport.errors import BundleError, IncompatibleError, MissingDependencyError, UsageError
 from famexport.runtime.golden import relative_error
 from famexport.runtime.session import AUTO, open_backend
@@ -62,6 +65,7 @@ def test_info(sessions: Callable[..., Any], bundles: Callable[[str], Path]) -> N
         "precision": "fp32",
         "state_bytes": state,
         "bundle_id": fx.open_bundle(bundles("plain")).id,
+        "kernels": None,
     }
     assert sum(array.nbytes for array in sessions("plain").stream().state().values()) == state
     assert sessions("rows").info()["state_bytes"] == 3 * state
@@ -97,6 +101,108 @@ def test_what_load_refuses(bundles: Callable[[str], Path], tmp_path: Path, monke
             patch.setitem(sys.modules, package, None)
             with pytest.raises(MissingDependencyError, match=rf"pip install 'famexport\[{extra}\]'"):
                 fx.load(bundles("plain"), backend)
+
+
+@pytest.mark.parametrize("given", ["path", "bundle"])
+def test_a_bundle_that_is_replaced_while_it_loads(
+    bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """What was checked and what was loaded are one and the same: the new one where it is asked for by its path."""
+    from famexport.runtime.ort import OrtCpu
+
+    live, later = tmp_path / "live", tmp_path / "later"
+    shutil.copytree(bundles("plain"), live)
+    shutil.copytree(bundles("no_memory"), later)
+    real, old, new = OrtCpu._load, fx.open_bundle(live), fx.open_bundle(later).id
+
+    def load(self: OrtCpu, *args: Any) -> Any:
+        if later.exists():
+            live.rename(tmp_path / "gone")
+            later.rename(live)
+        return real(self, *args)
+
+    monkeypatch.setattr(OrtCpu, "_load", load)
+    if given == "bundle":
+        with pytest.raises(BundleError, match="was replaced while it was loaded .*; load it again|is not what"):
+            fx.load(old, "ort-cpu", threads=1)
+    else:
+        monkeypatch.setattr("famexport.runtime.ort.check_io", lambda session, io: None)  # or else it sees it first
+        with fx.load(live, "ort-cpu", threads=1) as session:
+            assert session.info()["bundle_id"] == new
+            assert session.contract.memory_segments == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"states": 0}, r"it takes 'past_count' tensor\(int64\) \[1\]"),
+        ({"dtype": "float16"}, r"it takes 'past_fam_00' tensor\(float\) \[1, 4, 32\], expected past_fam_00: float16"),
+        ({"rows": 5}, r"it gives 'present_fam_00' tensor\(float\) \[1, 4, 32\], expected present_fam_00: float32"),
+        ({"name": "past_fam_99"}, "it does not have past_fam_99: float32"),
+    ],
+)
+def test_a_graph_that_is_not_what_the_contract_says(
+    bundles: Callable[[str], Path], change: dict[str, Any], says: str
+) -> None:
+    from famexport.runtime.ort import OrtCpu
+
+    bundle = fx.open_bundle(bundles("plain"))
+    states = list(bundle.contract.states)
+    if "states" in change:
+        del states[0]
+    else:
+        i = [spec.name for spec in states].index("past_fam_00")
+        shape = (1, change.get("rows", 4), 32)
+        states[i] = TensorSpec(change.get("name", "past_fam_00"), change.get("dtype", "float32"), shape)
+    contract = dataclasses.replace(bundle.contract, states=tuple(sorted(states, key=lambda spec: spec.name)))
+    with pytest.raises(BundleError, match=says):
+        OrtCpu(contract, "fp32", {"block_step": bundle.file("block_step.onnx")}, threads=1)
+
+
+def test_onnxruntime_reads_no_other_format(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    """By its name alone it would take a file for one of its own format, which nobody looked into."""
+    import onnxruntime
+
+    from famexport.runtime.ort import OrtCpu
+
+    bundle, graph = fx.open_bundle(bundles("plain")), tmp_path / "block_step.ort"
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(graph)
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(str(bundle.file("block_step.onnx")), options, providers=["CPUExecutionProvider"])
+    assert onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])  # a good one, so to say
+    with pytest.raises(IncompatibleError, match=r"cannot load block_step\.ort"):
+        OrtCpu(bundle.contract, "fp32", {"block_step": graph})
+
+
+def test_a_dynamic_batch_leaves_open_the_batch_and_nothing_else(sessions: Callable[..., Any]) -> None:
+    """Whatever it is called; and it is no fixed one, nor a fixed one it."""
+    from famexport.runtime.ort_io import check_io
+
+    dynamic, fixed = sessions("dynamic"), sessions("text")  # one layer each
+    io = dynamic.contract.graph("block_step")
+    assert {spec.shape[0] for spec in io.taken + io.given} == {"batch"}
+
+    def resized(name: str, *shape: Any) -> Any:
+        changed = [TensorSpec(s.name, s.dtype, shape) if s.name == name else s for s in io.states]
+        return dataclasses.replace(io, states=tuple(changed), new=tuple(changed))
+
+    graph = dynamic.backend.sessions["block_step"]
+    check_io(graph, io)
+    check_io(graph, resized("past_fam_00", "rows", 4, 32))
+    wrong = {
+        "FAM": (
+            graph,
+            resized("past_fam_00", "batch", 5, 32),
+            r"takes 'past_fam_00' .*, 4, 32\], expected .*, 5, 32\]",
+        ),
+        "rank": (graph, resized("past_fam_00", "batch", 4), r"takes 'past_fam_00' .*, 4, 32\], expected"),
+        "one row": (graph, fixed.contract.graph("block_step"), r"takes 'tokens' .*\['.*', 8\], expected .*\[1, 8\]"),
+        "any": (fixed.backend.sessions["block_step"], io, r"takes 'tokens' tensor\(int64\) \[1, 8\], expected"),
+    }
+    for case, (session, contract, says) in wrong.items():
+        with pytest.raises(BundleError, match=says):
+            check_io(session, contract), case
 
 
 def test_a_graph_that_onnxruntime_cannot_load(bundles: Callable[[str], Path], tmp_path: Path) -> None:
@@ -154,8 +260,10 @@ def test_a_failing_step_is_a_typed_error_and_the_state_stays(sessions: Callable[
 
         loop, good = stream._loop, stream._loop._sessions["block_step"]
         loop._sessions["block_step"] = Broken()
+        loop._calls.clear()
         with pytest.raises(fx.FamExportError, match="onnxruntime failed in block_step: out of luck$"):
             stream.step(fed[1])
         loop._sessions["block_step"] = good
+        loop._calls.clear()
         assert stream.blocks == 1
         assert np.array_equal(stream.step(fed[2]), spared.step(fed[2]))

@@ -18,6 +18,7 @@ from streaming import digests, random_input, same_state
 import famexport as fx
 from famexport.errors import FamExportError, SnapshotError, UsageError
 from famexport.runtime import snapshot as snapshot_module
+from famexport.runtime.session import Session
 
 Sessions = Callable[..., Any]
 BLOCKS, HERE = 1000, Path(__file__).parent
@@ -108,7 +109,7 @@ def test_another_model_batch_or_engine_is_refused_by_name(sessions: Sessions) ->
         at_boundary = plain.snapshot()
     cases = [
         (saved, sessions("all_rows"), {}, "a batch of 1, this stream has 3"),
-        (saved, sessions("no_memory"), {}, "it has the state past_key_00, which this model lacks"),
+        (saved, sessions("no_memory"), {}, "it has the state 'past_key_00', which this model lacks"),
         (saved, sessions("no_fam"), {"any_engine": True}, "it is of model "),
         (saved, sessions("fp16"), {"any_engine": True}, "its state past_key_00 differs in dtype or shape"),
         (saved, sessions("all", "torch"), {}, r"it was taken on ort-cpu .* this is torch .*--any-engine"),
@@ -127,6 +128,41 @@ def test_another_model_batch_or_engine_is_refused_by_name(sessions: Sessions) ->
     with sessions("all").stream() as stream:  # at a boundary there is nothing that only one of them has
         stream.restore(at_boundary, any_engine=True)
         assert stream.blocks == 3
+
+
+def test_a_snapshot_without_an_open_block_ends_the_one_that_is_open(sessions: Sessions) -> None:
+    """A bundle with block_step alone has no state of it, so that nothing is written over what was there."""
+    session = sessions("all")
+    with sessions("plain").stream() as plain:
+        list(plain.feed([random_input(plain.contract, 24, seed=1)]))
+        saved = plain.snapshot()
+    with session.stream() as stream, session.stream() as fresh:
+        list(stream.feed([random_input(session.contract, 13, seed=2)]))
+        assert stream.held == 5
+        for s in (stream, fresh):
+            s.restore(saved, any_engine=True)
+        assert (stream.held, stream.blocks) == (0, 3)
+        assert same_state(stream, fresh)
+        fed = [random_input(session.contract, 21, seed=3)]
+        assert digests(stream, fed) == digests(fresh, fed)
+
+
+def test_of_a_module_of_ones_own_the_graph_is_the_model(sessions: Sessions) -> None:
+    """The same weights under another graph are another model, which no ``any_engine`` lets through."""
+    session, name = sessions("plain"), "block_step.onnx"
+
+    def own(sha256: str) -> Session:
+        manifest = session.bundle.manifest
+        files = {**manifest.files, name: replace(manifest.files[name], sha256=sha256)}
+        return Session(replace(session.bundle, manifest=replace(manifest, config=None, files=files)), session.backend)
+
+    with own("0" * 64).stream() as stream, own("0" * 64).stream() as same, own("1" * 64).stream() as other:
+        list(stream.feed([random_input(stream.contract, 11, seed=1)]))
+        same.restore(stream.snapshot())
+        assert same_state(same, stream)
+        with pytest.raises(SnapshotError, match="it is of model "):
+            other.restore(stream.snapshot(), any_engine=True)
+        assert other.blocks == 0
 
 
 def test_on_another_backend_within_tolerance(sessions: Sessions) -> None:
@@ -185,6 +221,72 @@ def test_another_schema_and_no_snapshot_at_all(saved: Path, bundles: Callable[[s
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(UsageError, match=r"no such file: .*; write a snapshot with stream\.snapshot\(\)\.save"):
             fx.Snapshot.load(path)
+
+
+def rewritten(saved: Path, path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Path:
+    """``saved`` with its header changed: the tensors, and what the snapshot says of itself (or that as a text)."""
+    data = saved.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    about = json.loads(header["__metadata__"]["famexport.snapshot"])
+    header["__metadata__"]["famexport.snapshot"] = change(header, about) or json.dumps(about)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    return path
+
+
+def test_nothing_is_read_before_all_is_checked(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file claims a terabyte that its contract does not know, or of a state in another shape."""
+    size = 2**40
+
+    def unknown(header: dict[str, Any], _: dict[str, Any]) -> None:
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        header["zz"] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+
+    def larger(header: dict[str, Any], _: dict[str, Any]) -> None:
+        last = max((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])
+        begin = header[last]["data_offsets"][0]
+        width = {"F32": 4, "I64": 8}[header[last]["dtype"]]
+        header[last] |= {"shape": [size // width], "data_offsets": [begin, begin + size]}
+
+    read: list[str] = []
+    monkeypatch.setattr(snapshot_module, "read_tensor", lambda path, entry: read.append(entry.name))
+    for change, says in ((unknown, "unknown tensor 'zz'"), (larger, r"is \w+ \[\d{10,}\], expected")):
+        path = rewritten(saved, tmp_path / "sparse", change)
+        with open(path, "r+b") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(begin - 8))
+            entries.pop("__metadata__")
+            file.truncate(begin + max(entry["data_offsets"][1] for entry in entries.values()))
+        with pytest.raises(SnapshotError, match=says):
+            fx.Snapshot.load(path)
+    assert read == []
+
+
+def test_headers_that_are_no_text_or_a_terminals_commands(saved: Path, tmp_path: Path) -> None:
+    def half(*_: dict[str, Any]) -> str:
+        return "\ud800"
+
+    def command(_: dict[str, Any], about: dict[str, Any]) -> None:
+        about["engine"] = "\x1b]0;owned\x07"
+
+    def long(_: dict[str, Any], about: dict[str, Any]) -> None:
+        about["engine"] = "x" * 1000
+
+    def state(_: dict[str, Any], about: dict[str, Any]) -> None:
+        about["contract"]["states"][-1]["name"] = "past_z\x1b[2J"
+
+    cases = (
+        (half, "damaged safetensors header"),
+        (command, r"its header has engine '\\x1b.*, expected at most 500 plain characters"),
+        (long, "its header has engine 'xxx"),
+        (state, r"tensor 'past_z\\x1b\[2J' is missing"),
+    )
+    for change, says in cases:
+        with pytest.raises(SnapshotError, match=says) as caught:
+            fx.Snapshot.load(rewritten(saved, tmp_path / "changed", change))
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 2000
 
 
 def test_a_writer_that_dies_leaves_the_old_file(

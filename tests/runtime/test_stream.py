@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,6 +194,26 @@ def test_reset_of_all_is_a_fresh_stream(sessions: Sessions, name: str) -> None:
         assert np.array_equal(step_all(stream, fed), step_all(fresh, fed))
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2], (2, 0, 1, 0)])
+def test_reset_of_all_rows_by_name_is_a_reset_of_all(sessions: Sessions, rows: Any) -> None:
+    with sessions("rows").stream() as stream, sessions("rows").stream() as fresh:
+        list(stream.feed([random_input(stream.contract, 11, 3)]))
+        stream.reset(rows)
+        assert (stream.blocks, stream.held, stream.last_logits) == (0, 0, None)
+        assert same_state(stream, fresh)
+
+
+def test_rows_that_are_reset_have_no_last_logits(sessions: Sessions) -> None:
+    with sessions("rows").stream() as stream:
+        step_all(stream, random_input(stream.contract, 16, 3))
+        last = stream.last_logits.copy()
+        assert last.any(axis=1).all()
+        stream.reset([1])
+        assert np.array_equal(stream.last_logits, last * [[1], [0], [1]])
+        stream.load_state(stream.state())  # which says nothing of logits
+        assert stream.last_logits is None
+
+
 def test_rows_come_in_any_form(sessions: Sessions) -> None:
     for rows in ([1], iter([1]), range(1, 2), np.array([1]), (np.int64(1),)):
         with sessions("rows").stream() as stream:
@@ -364,6 +385,9 @@ def test_batches(sessions: Sessions, backend: str) -> None:
     for name, batch in (("plain", 2), ("rows", 1), ("plain", 0)):
         with pytest.raises(ContractError, match=f"got batch {batch}, this bundle was exported for .* --batch dynamic"):
             sessions(name, backend).stream(batch)
-    for batch in (0, -1):
-        with pytest.raises(ContractError, match=f"batch must be at least 1, got {batch}"):
+    for batch in (0, -1, 10**12):
+        with pytest.raises(ContractError, match=f"batch must be from 1 to 1048576, got {batch}"):
+            sessions("dynamic", backend).stream(batch)
+    for batch in ("2", 1.5, True, [1]):
+        with pytest.raises(ContractError, match=f"batch must be a number of rows, got {re.escape(repr(batch))}"):
             sessions("dynamic", backend).stream(batch)

@@ -120,6 +120,12 @@ STATE: dict[str, tuple[str, Callable[[Arrays], Any], str]] = {
         "past_key_01 is float16, expected float32",
     ),
     "float64": ("plain", change("past_fam_00", lambda a: a.astype(float)), "past_fam_00 is float64"),
+    "NaN": ("plain", change("past_fam_00", lambda a: a * np.float32(np.nan)), "past_fam_00 has NaN or infinity"),
+    "infinity": (
+        "bf16",
+        change("past_value_00", lambda a: np.where(a == a[0, 0, 0, 0], np.float32(np.inf), a)),
+        "past_value_00 has NaN or infinity",
+    ),
     "float32 for float16": (
         "fp16",
         change("past_key_00", lambda a: a.astype(np.float32)),
