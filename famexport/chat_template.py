@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from famexport.errors import InvalidInputError, MissingDependencyError, UsageError
+from famexport.errors import InvalidInputError, MissingDependencyError, UsageError, first_line
 from famexport.manifest import strict_json
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         try:
-            from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as exc:
             raise MissingDependencyError("jinja2", "text", "a chat template") from exc
@@ -49,8 +48,8 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         try:
             self._template = environment.from_string(source)
-        except TemplateError as exc:
-            raise InvalidInputError(f"the chat template is not valid Jinja: {exc}") from exc
+        except Exception as exc:  # Jinja's own errors, and Python's for the code that it makes of a template
+            raise InvalidInputError(f"the chat template is not valid Jinja: {first_line(exc, 300)}") from exc
         self._special = dict(special)
         opened, answered = self._render([_USER], True), self._render([_USER, _ASSISTANT], False)
         head = opened + _ASSISTANT["content"]
@@ -78,7 +77,7 @@ class ChatTemplate:
             text: str = self._template.render(messages=messages, add_generation_prompt=answer, **self._special)
             return text
         except Exception as exc:  # a template may run into anything; the sandbox raises its own
-            raise InvalidInputError(f"the chat template cannot be rendered: {str(exc).splitlines()[0]:.300}") from exc
+            raise InvalidInputError(f"the chat template cannot be rendered: {first_line(exc, 300)}") from exc
 
 
 def _refuse(message: object) -> None:
@@ -98,8 +97,8 @@ def chat_template(bundle: Bundle) -> ChatTemplate:
     if _TEMPLATE in bundle.manifest.files:
         source = bundle.read(_TEMPLATE).decode("utf-8", "replace")
     if isinstance(source, list):  # several by name
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
+        named = [e.get("template") for e in source if isinstance(e, dict) and e.get("name") == "default"]
+        source = named[-1] if named else None
     if not isinstance(source, str):
         raise UsageError(
             f"{bundle.path} has no chat template; chat needs a model made for conversations, and a bundle exported "
@@ -112,8 +111,8 @@ def stop_ids(bundle: Bundle, tokenizer: Tokenizer) -> set[int]:
     """Token ids that end a text, from the tokenizer's and the model's own settings."""
     found = {tokenizer.token_to_id(_content(_json(bundle, _CONFIG).get("eos_token")) or "")}
     more = _json(bundle, _GENERATION).get("eos_token_id")
-    found |= set(more) if isinstance(more, list) else {more}
-    return {i for i in found if type(i) is int and 0 <= i < bundle.contract.vocab_size}
+    found |= {i for i in (more if isinstance(more, list) else [more]) if type(i) is int}
+    return {i for i in found if i is not None and 0 <= i < bundle.contract.vocab_size}
 
 
 def _content(token: Any) -> str | None:

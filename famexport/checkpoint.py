@@ -42,12 +42,19 @@ class Checkpoint:
     files: Mapping[str, Path]  # tensor name -> the file that holds it
 
     def tensor(self, name: str) -> Tensor:
-        """The weight ``name``, memory-mapped: it costs memory as it is read, until it is dropped."""
-        from safetensors import safe_open
+        """The weight ``name``, memory-mapped: it costs memory as it is read, until it is dropped.
 
-        with safe_open(self.files[name], framework="pt") as file:
-            weight: Tensor = file.get_tensor(name)
-            return weight
+        Raises:
+            CheckpointError: the safetensors package refuses the file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.files[name], framework="pt") as file:
+                weight: Tensor = file.get_tensor(name)
+                return weight
+        except SafetensorError as exc:
+            raise CheckpointError(f"{self.files[name]} cannot be read: {exc!s:.200}; copy it again") from exc
 
     @property
     def dtype(self) -> str:
@@ -133,7 +140,7 @@ def tensor_files(path: Path) -> tuple[dict[str, Path], dict[str, TensorEntry]]:
             raise CheckpointError(f"{path}: {exc}") from exc
         for name, entry in entries.items():
             if name in files:
-                raise CheckpointError(f"{path}: {name} is in both {files[name].name} and {file.name}")
+                raise CheckpointError(f"{path}: {name!r:.100} is in both {files[name].name} and {file.name}")
             files[name], tensors[name] = file, entry
     return files, tensors
 
@@ -151,7 +158,7 @@ def _weight_files(path: Path) -> list[Path]:
     problems += [
         f"{name!r:.100} is not a file name" for name in names if not name or "\0" in name or Path(name).name != name
     ]
-    problems = problems or [f"{name} is missing; copy it again" for name in names if not (path / name).is_file()]
+    problems = problems or [f"{name!r:.100} is missing; copy it again" for name in names if not (path / name).is_file()]
     raise_problems(CheckpointError, str(index), problems)
     return [path / name for name in names]
 
@@ -180,7 +187,7 @@ def check_tensors(config: FamConfig, tensors: Mapping[str, TensorEntry], subject
             elif entry.dtype not in ("float32", "float16", "bfloat16"):
                 problems.append(f"{name} is {entry.dtype}, expected float32, float16 or bfloat16")
         elif not name.endswith(_IGNORED_SUFFIXES) and not (name == "lm_head.weight" and config.tie_word_embeddings):
-            problems.append(f"unexpected {name}")
+            problems.append(f"unexpected {name!r:.100}")
     if len(problems) > 20:
         problems = [*problems[:20], f"and {len(problems) - 20} more"]
     raise_problems(CheckpointError, f"{subject}: weights do not fit config.json", problems)

@@ -10,6 +10,8 @@ from famexport.errors import ConfigError, UsageError, raise_problems
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "fam")  # "fam": options that no base family has
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 MAX_LAYERS = 100  # state names carry two digits, so that sorted order is layer order
+# No weight has these sizes, so no file need be large to claim them. The paper's are 1,024 and 3,072.
+MAX_BLOCK_SIZE, MAX_MEMORY = 2**16, 2**20  # tokens of a block, and of all memory segments
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,14 @@ class FamConfig:
         )
         for name in positive.split():
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                found.append(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+                found.append(f"{name} must be a positive integer, got {getattr(self, name)!r:.80}")
         for name in ("memory_segments", "fam_length"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
-                found.append(f"{name} must be an integer of 0 or more, got {getattr(self, name)!r}")
+                found.append(f"{name} must be an integer of 0 or more, got {getattr(self, name)!r:.80}")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-                found.append(f"{name} must be a positive number, got {value!r}")
+                found.append(f"{name} must be a positive number, got {value!r:.80}")
         choices = {
             "fam_query_position": ("current", "previous"),
             "fam_state_dtype": ("float32", "float16", "bfloat16"),
@@ -85,10 +87,10 @@ class FamConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                found.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                found.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r:.80}")
         for name in ["gated_mlp", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tie_word_embeddings"]:
             if not isinstance(getattr(self, name), bool):  # the text "false" would count as true
-                found.append(f"{name} must be true or false, got {getattr(self, name)!r}")
+                found.append(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
         if found:
             return found  # the rules below need sound fields
         if self.num_attention_heads % self.num_key_value_heads:
@@ -103,6 +105,13 @@ class FamConfig:
                 f"fam_length ({self.fam_length}) must not exceed block_size ({self.block_size}): "
                 "FAM takes the last positions of the block it compressed"
             )
+        if self.block_size > MAX_BLOCK_SIZE:
+            found.append(f"block_size must be at most {MAX_BLOCK_SIZE}, got {self.block_size}")
+        if self.memory_segments * self.block_size > MAX_MEMORY:
+            found.append(
+                f"memory_segments ({self.memory_segments}) of block_size ({self.block_size}) must hold at most "
+                f"{MAX_MEMORY} tokens"
+            )
         if self.num_hidden_layers > MAX_LAYERS:
             found.append(f"num_hidden_layers must be at most {MAX_LAYERS}, got {self.num_hidden_layers}")
         return found
@@ -114,10 +123,10 @@ class FamConfig:
     def from_dict(cls, data: dict[str, Any]) -> FamConfig:
         """The configuration in ``data``, as ``to_dict`` wrote it. Unknown keys are refused."""
         known = {f.name for f in fields(cls)}
-        problems = [f"unknown key {key!r}" for key in data if key not in known]
+        problems = [f"unknown key {key!r:.80}" for key in data if key not in known]
         scaling = data.get("rope_scaling")
         if scaling is not None and (not isinstance(scaling, dict) or set(scaling) != _SCALING_KEYS):
-            problems.append(f"rope_scaling must have the keys {sorted(_SCALING_KEYS)}, got {scaling!r}")
+            problems.append(f"rope_scaling must have the keys {sorted(_SCALING_KEYS)}, got {scaling!r:.80}")
         raise_problems(ConfigError, "model configuration", problems)
         try:
             return cls(**{**data, "rope_scaling": Llama3Scaling(**scaling) if scaling else None})
@@ -211,5 +220,5 @@ def preset(name: str, **changes: Any) -> FamConfig:
         ConfigError: the changed fields do not fit together.
     """
     if name not in PRESETS:
-        raise UsageError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
+        raise UsageError(f"no preset {name!r:.80}; expected one of {', '.join(PRESETS)}")
     return replace(PRESETS[name], **changes)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from famexport.contract import PRECISION_DTYPE, QUANTIZED
 from famexport.engine.build_options import BuildOptions
 from famexport.engine.targets import find_target, precision_problems
 from famexport.errors import ConfigError, FamExportError, UsageError, raise_problems
@@ -40,11 +41,11 @@ _BUILD: dict[str, tuple[type, ...]] = {
     "attention": (str,),
 }
 _CHOICES = {
-    "precision": ("fp32", "fp16", "bf16", "int8", "int4"),
+    "precision": tuple(PRECISION_DTYPE),
     "logits": ("all", "last"),
     "inputs": ("tokens", "inputs_embeds"),
     "graphs": ("block", "all"),
-    "opset": tuple(range(18, 26)),
+    "opset": tuple(range(18, 24)),
 }
 
 
@@ -131,13 +132,20 @@ def _values(export: dict[str, Any], build: dict[str, Any] | None) -> list[str]:
             target = find_target(build["target"])
         except FamExportError as exc:
             return [str(exc)]
-        problems += precision_problems(target, engine or "tensorrt", precision)
+        if precision in QUANTIZED:
+            problems.append(
+                f"build: of an {precision} bundle, which is for ONNX Runtime on CPUs, no engine can be built"
+            )
+        else:
+            problems += precision_problems(target, engine or "tensorrt", precision)
         if engine and engine not in target.engines:
             problems.append(f"build: {engine} has no engines for {target.name}; it has {', '.join(target.engines)}")
     for key, choices in _CHOICES.items():
         if key in export and export[key] not in choices:
             shown = f"{choices[0]} to {choices[-1]}" if key == "opset" else ", ".join(map(str, choices))
             problems.append(f"export: {key} is {export[key]!r:.80}, expected {shown}")
+    if "chunks" in export and export.get("graphs") != "all":
+        problems.append("export: chunks are of append_step, which the bundle would not have; add graphs: all")
     batch = export.get("batch", 1)
     if batch != "dynamic" and not (isinstance(batch, int) and batch > 0):
         problems.append(f"export: batch is {batch!r:.80}, expected a positive number or dynamic")
@@ -166,35 +174,47 @@ def _keys(where: str, data: Any, kinds: dict[str, tuple[type, ...]], required: s
 
 def _plain_yaml(data: bytes, subject: str) -> Any:
     """The values of a YAML document that has only scalars, lists and maps, no key twice, and no aliases."""
+    depth = 0
     try:
         text = data.decode()
-        if any(isinstance(event, yaml.events.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ConfigError(f"{subject} uses aliases (*name); write the values out")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.events.AliasEvent):
+                raise ConfigError(f"{subject} uses aliases (*name); write the values out")
+            depth += isinstance(event, yaml.events.CollectionStartEvent)
+            depth -= isinstance(event, yaml.events.CollectionEndEvent)
+            if depth > _MAX_DEPTH:  # seen here, not in the tree: the scanner's time grows with the square of the depth
+                line = f", line {event.start_mark.line + 1}" if event.start_mark else ""
+                raise ConfigError(f"{subject}{line}: nested deeper than {_MAX_DEPTH} levels; a recipe needs three")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             raise ConfigError(f"{subject} is empty; expected the keys description, export and build")
-        return _value(node, subject, 0)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as exc:
+        return _value(node, subject)
+    except (yaml.YAMLError, ValueError) as exc:
         raise ConfigError(f"{subject} is no valid YAML: {' '.join(str(exc).split())[:300]}") from exc
 
 
 _SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")}
 
 
-def _value(node: yaml.Node, subject: str, depth: int) -> Any:
+def _value(node: yaml.Node, subject: str) -> Any:
     line = f"{subject}, line {node.start_mark.line + 1}"
-    if depth > _MAX_DEPTH:
-        raise ConfigError(f"{line}: nested deeper than {_MAX_DEPTH} levels")
     if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
-        return yaml.constructor.SafeConstructor().construct_object(node)  # type: ignore[no-untyped-call]
+        try:
+            value = yaml.constructor.SafeConstructor().construct_object(node)  # type: ignore[no-untyped-call]
+        except (ValueError, LookupError, ArithmeticError) as exc:  # of a tag that does not fit: !!bool maybe
+            kind = node.tag.rpartition(":")[2]
+            raise ConfigError(f"{line}: {node.value!r:.80} is no {kind}; leave the tag out, or correct it") from exc
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{line}: the number {node.value:.40} does not fit 64 bits")
+        return value
     if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-        return [_value(item, subject, depth + 1) for item in node.value]
+        return [_value(item, subject) for item in node.value]
     if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = _value(key_node, subject, depth + 1)
+            key = _value(key_node, subject)
             if not isinstance(key, str) or key in found:
                 raise ConfigError(f"{line}: the key {key!r:.80} is no text or occurs twice")
-            found[key] = _value(value_node, subject, depth + 1)
+            found[key] = _value(value_node, subject)
         return found
-    raise ConfigError(f"{line}: {node.tag:.80} is not allowed; a recipe holds scalars, lists and maps only")
+    raise ConfigError(f"{line}: {node.tag!r:.80} is not allowed; a recipe holds scalars, lists and maps only")

@@ -4,13 +4,16 @@ The safetensors package writes only tensors that are all in memory at once, and 
 lies. famexport needs both: checkpoints larger than memory, and byte offsets, since a bundle's weight file is a
 safetensors file that the ONNX graphs point into as external data.
 Format: https://huggingface.co/docs/safetensors/index#format
+
+A header is read as strictly as the package reads it: what it would refuse is refused here, before anything is done.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -23,11 +26,14 @@ from famexport.contract import ITEM_BYTES
 from famexport.errors import InvalidInputError
 
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_AXES = 8  # the product of many sizes takes time that grows with its square
 ALIGNMENT = 64  # of the data section, in bytes
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
 _CODES |= {"int8": "I8", "uint8": "U8"}  # of quantised weights; no tensor of a contract has them
 _ITEM_BYTES = {**ITEM_BYTES, "int8": 1, "uint8": 1}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_ENTRY = {"dtype", "shape", "data_offsets"}
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Buffer(Protocol):
@@ -107,18 +113,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         InvalidInputError: not a safetensors file, truncated, or a header that contradicts itself.
     """
-    size, text = os.stat(path).st_size, _header_text(path)
-    length = len(text)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {name: _entry(name, info, 8 + length) for name, info in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise InvalidInputError(f"{path.name}: damaged safetensors header: {exc}") from exc
-    end = 8 + length
+    size, (entries, _, end) = os.stat(path).st_size, _header(path)
     for entry in sorted(entries.values(), key=lambda e: (e.offset, e.nbytes)):
         if entry.offset != end:
-            raise InvalidInputError(f"{path.name}: {entry.name} starts at byte {entry.offset}, expected {end}")
+            raise InvalidInputError(
+                f"{path.name}: {entry.name!r:.100} starts at byte {entry.offset}, expected {end}; copy it again"
+            )
         end += entry.nbytes
     if end != size:
         raise InvalidInputError(
@@ -133,24 +133,47 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         InvalidInputError: as ``read_header``.
     """
-    try:
-        metadata = json.loads(_header_text(path)).get("__metadata__", {})
-        return {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, AttributeError, RecursionError) as exc:
-        raise InvalidInputError(f"{path.name}: damaged safetensors header: {exc}") from exc
+    return _header(path)[1]
 
 
-def read_tensors(path: Path) -> Iterator[tuple[TensorEntry, np.ndarray]]:
-    """Each tensor and its bytes (uint8), one in memory at a time.
+def read_tensor(path: Path, entry: TensorEntry) -> np.ndarray:
+    """The bytes (uint8) of one tensor. It may be as large as the file says it is: look at ``entry`` before.
 
     Raises:
-        InvalidInputError: as ``read_header``.
+        InvalidInputError: the file ends before the tensor does.
     """
-    for entry in read_header(path).values():
-        data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.offset)
-        if data.nbytes != entry.nbytes:
-            raise InvalidInputError(f"{path.name}: {entry.name} ends early: the file was cut while it was read")
-        yield entry, data
+    data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.offset)
+    if data.nbytes != entry.nbytes:
+        raise InvalidInputError(f"{path.name}: {entry.name!r:.100} ends early: the file was cut while it was read")
+    return data
+
+
+def _header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], int]:
+    """The tensors, each by itself sound, the strings in ``__metadata__``, and the byte where the data begins."""
+    text = _header_text(path)
+    start = 8 + len(text)
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_no_number)
+        if _SURROGATE.search(text):  # half a character, unless its other half follows
+            json.dumps(header, ensure_ascii=False).encode()
+        metadata = header.pop("__metadata__", None)
+        if metadata is None:
+            metadata = {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ is no object of strings")
+        return {name: _entry(name, info, start) for name, info in header.items()}, metadata, start
+    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
+        raise InvalidInputError(f"{path.name}: damaged safetensors header: {exc}; copy it again") from exc
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(items)) != len(items):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _header_text(path: Path) -> bytes:
@@ -163,13 +186,18 @@ def _header_text(path: Path) -> bytes:
 
 
 def _entry(name: str, info: Mapping[str, Any], base: int) -> TensorEntry:
+    named = f"{name!r:.100}"
+    if set(info) != _ENTRY:
+        raise ValueError(f"{named} has {sorted(info)!r:.100}, expected {sorted(_ENTRY)}")
     shape = tuple(info["shape"])
     begin, end = info["data_offsets"]
     if info["dtype"] not in _DTYPES:
-        raise ValueError(f"{name} has dtype {info['dtype']}, supported are {sorted(_DTYPES)}")
-    if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-        raise ValueError(f"{name} has a bad shape or offset")
+        raise ValueError(f"{named} has dtype {info['dtype']!r:.80}, supported are {sorted(_DTYPES)}")
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"{named} has {len(shape)} axes, expected at most {MAX_AXES}")
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, begin, end)):
+        raise ValueError(f"{named} has a bad shape or offset")
     entry = TensorEntry(name, _DTYPES[info["dtype"]], shape, base + begin)
     if end - begin != entry.nbytes:
-        raise ValueError(f"{name} spans {end - begin} bytes, its shape needs {entry.nbytes}")
+        raise ValueError(f"{named} spans {end - begin} bytes, its shape needs {entry.nbytes}")
     return entry

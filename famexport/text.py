@@ -5,12 +5,13 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from famexport.errors import InvalidInputError, MissingDependencyError, UsageError
+from famexport.errors import InvalidInputError, MissingDependencyError, UsageError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,7 +23,23 @@ _WINDOW_CHARS = 64  # either side of a cut, tokenised to see whether the cut cha
 _CONTEXTS = "\na."  # what a part may be tokenised after; the first that shares no token with it is taken
 _TRIES = 8  # cuts of one kind that are looked at before the next kind
 _MAX_DIGITS = 32
+_OTHER = "feed token ids, or take the model's own tokenizer.json"
 _NOT_IDS = re.compile(r"[^\s0-9-]", re.ASCII)
+
+
+@contextmanager
+def tokenizer_errors(says: str, hint: str, error: type[InvalidInputError] = InvalidInputError) -> Iterator[None]:
+    """Whatever the tokenizers package runs into becomes ``error``.
+
+    It raises bare Exception for what is wrong with a file, some of it only once there is a text; and where its Rust
+    code panics, a PanicException, which is no Exception and has no public name.
+    """
+    try:
+        yield
+    except BaseException as exc:
+        if not isinstance(exc, Exception) and type(exc).__name__ != "PanicException":
+            raise  # KeyboardInterrupt, SystemExit
+        raise error(f"{says}: {first_line(exc, 200)}; {hint}") from exc
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
@@ -40,22 +57,27 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
-    try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())
-    except Exception as exc:  # the package raises bare Exception for whatever is wrong with the file
-        raise InvalidInputError(f"{path} is not a tokenizer.json: {exc!s:.200}; copy it again") from exc
+    data = path.read_bytes()
+    with tokenizer_errors(f"{path} is not a tokenizer.json", "copy it again"):
+        tokenizer = Tokenizer.from_buffer(data)
     tokenizer.no_truncation()  # a file may ask for either, and both would change a stream's text
     tokenizer.no_padding()
     return tokenizer
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text of token ids as they come, special tokens left out; a character whose bytes are not all there waits."""
+    """Text of token ids as they come, special tokens left out; a character whose bytes are not all there waits.
+
+    Raises:
+        InvalidInputError: a token that the tokenizer cannot decode.
+    """
     from tokenizers.decoders import DecodeStream
 
     decoder = DecodeStream(skip_special_tokens=True)
     for token in ids:
-        if text := decoder.step(tokenizer, token):
+        with tokenizer_errors(f"the tokenizer cannot decode token {token}", _OTHER):
+            text = decoder.step(tokenizer, token)
+        if text:
             yield text
 
 
@@ -70,6 +92,9 @@ def stream_tokens(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[np.nd
     Where ``MAX_PIECE_CHARS`` pass without such a cut, one before a single space and a letter is taken, or else any
     that changes no tokens; only where the last few places all do change some, the text is cut regardless. The parts,
     and so the tokens, do not depend on how the text was cut into ``pieces``.
+
+    Raises:
+        InvalidInputError: text that the tokenizer cannot encode.
     """
     buffer, searched, first = "", 0, True
     for piece in _equal_pieces(pieces, PIECE_CHARS):
@@ -126,23 +151,29 @@ def _forced_cut(tokenizer: Tokenizer, text: str) -> int:
 def _last_cut(tokenizer: Tokenizer, text: str, places: Iterator[int], tries: int = _TRIES) -> int | None:
     for at, _ in zip(places, range(tries), strict=False):
         left, right = text[max(0, at - _WINDOW_CHARS) : at], text[at : at + _WINDOW_CHARS]
-        if [*_ids(tokenizer, left), *_encode(tokenizer, right, False)] == _ids(tokenizer, left + right):
+        if [*token_ids(tokenizer, left), *_encode(tokenizer, right, False)] == token_ids(tokenizer, left + right):
             return at
     return None
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a whole text, without special tokens.
+
+    Raises:
+        InvalidInputError: text that the tokenizer cannot encode.
+    """
+    with tokenizer_errors("the tokenizer cannot encode this text", _OTHER):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 def _encode(tokenizer: Tokenizer, text: str, first: bool) -> np.ndarray:
     """Tokens of a part, int64 [n]; unless it is the first, as if something stood before it."""
     for context in "" if first else _CONTEXTS:
-        before, ids = _ids(tokenizer, context), _ids(tokenizer, context + text)
+        before, ids = token_ids(tokenizer, context), token_ids(tokenizer, context + text)
         if ids[: len(before)] == before:  # or else a token holds the context and more
             return np.array(ids[len(before) :], dtype=np.int64)
-    return np.array(_ids(tokenizer, text), dtype=np.int64)
+    return np.array(token_ids(tokenizer, text), dtype=np.int64)
 
 
 def read_text(source: str | Path | IO[Any]) -> Iterator[str]:

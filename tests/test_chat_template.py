@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,13 @@ def test_a_system_message_comes_first_and_once() -> None:
         ("{{ messages | length }}", "does not put an answer where it asks for one"),
         ("x" * (MAX_TEMPLATE_CHARS + 1), f"expected at most {MAX_TEMPLATE_CHARS}"),
         ("{{ messages[7]['role'] }}", "cannot be rendered"),
+        ("{{ raise_exception('') }}", "cannot be rendered: ValueError"),
+        ("{{ 'a' * 2 ** 60 }}", "cannot be rendered: MemoryError"),
+        ("{{ " + "(" * 150 + "1" + ")" * 150 + " }}", "not valid Jinja"),
+        ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "not valid Jinja"),
+        ("{% if 1 %}" * 150 + "{% endif %}" * 150, "not valid Jinja"),
+        ("{{ f(a=1, a=2) }}", "not valid Jinja"),
+        ("{{ " + "9" * 5000 + " }}", "not valid Jinja"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "cannot be rendered: Range too big"),
     ],
 )
@@ -122,6 +130,32 @@ def test_settings_that_are_no_json_are_refused(
     bundle = fx.export_bundle(checkpoint, tmp_path / "bundle", parity_blocks=2)
     with pytest.raises(InvalidInputError, match=r"tokenizer_config\.json is not valid JSON"):
         chat_template(bundle)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"chat_template": [{"name": [], "template": "x"}, {"name": "default"}, 1]}),
+        ("tokenizer_config.json", {"chat_template": {"default": "x"}}),
+        ("generation_config.json", {"eos_token_id": [[1]]}),
+        ("generation_config.json", {"eos_token_id": {}}),
+        ("generation_config.json", {"eos_token_id": [True, 1.0, None, "1", -1, 10**6]}),
+    ],
+)
+def test_settings_of_another_form_say_nothing(
+    talking: Bundle, monkeypatch: pytest.MonkeyPatch, file: str, content: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("famexport.chat_template._json", lambda _, name: content if name == file else {})
+    assert stop_ids(talking, bundle_tokenizer(talking)) == set()
+    with pytest.raises(UsageError, match="has no chat template"):
+        chat_template(talking)
+
+
+def test_the_last_template_of_a_name_is_taken(talking: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = [("default", CHATML), ("tool", "x"), ("default", TEMPLATE)]
+    content = {"chat_template": [{"name": name, "template": template} for name, template in named]}
+    monkeypatch.setattr("famexport.chat_template._json", lambda *_: content)
+    assert chat_template(talking).end == ChatTemplate(TEMPLATE, {}).end
 
 
 def test_every_turn_is_fed_once(talking: Bundle) -> None:

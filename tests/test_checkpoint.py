@@ -129,10 +129,31 @@ def test_weights_that_do_not_fit_are_named_all_at_once(made):
         "4 problems",
         f"missing {missing}",
         f"{wrong} has shape [3, 2], expected [64, 32]",
-        "unexpected odd.weight",
+        "unexpected 'odd.weight'",
         f"{whole} is int32, expected float32, float16 or bfloat16",
     ):
         assert named in str(caught.value)
+
+
+def test_names_that_are_a_terminals_commands_are_shown_as_text(made):
+    change(made, {"\x1b]0;owned\x07": torch.ones(1), "long" * 100: torch.ones(1)})
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(made)
+    said = str(caught.value)
+    assert r"unexpected '\x1b]0;owned\x07'" in said
+    assert said.isprintable()
+    assert "long" * 24 in said
+    assert "long" * 26 not in said
+
+
+def test_a_file_that_the_safetensors_package_refuses(made):
+    """``-0`` is a whole number to Python and none to the package."""
+    file = made / "model.safetensors"
+    checkpoint, whole = open_checkpoint(made), file.read_bytes()
+    file.write_bytes(whole.replace(b"[0,", b"[-0,", 1).replace(b"  ", b" ", 1))
+    assert open_checkpoint(made).tensors == checkpoint.tensors
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: .*; copy it again"):
+        checkpoint.tensor(EMBED_WEIGHT)
 
 
 def test_long_lists_of_problems_are_cut(made):
@@ -158,7 +179,7 @@ def test_a_weight_in_two_files(made):
     (made / "model.safetensors").unlink()
     save_file(weights, made / "a.safetensors")
     save_file({EMBED_WEIGHT: weights[EMBED_WEIGHT]}, made / "b.safetensors")
-    with pytest.raises(CheckpointError, match=r"is in both a\.safetensors and b\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"weight' is in both a\.safetensors and b\.safetensors"):
         open_checkpoint(made)
     (made / "b.safetensors").unlink()
     assert tensor_files(made)[0][EMBED_WEIGHT].name == "a.safetensors"

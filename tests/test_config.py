@@ -146,6 +146,20 @@ def test_fields_that_do_not_fit_together_are_reported_at_once() -> None:
     assert replace(TINY, fam_length=8, num_hidden_layers=100).fam_length == 8  # the limits themselves are allowed
 
 
+def test_sizes_that_no_weight_has_are_limited() -> None:
+    """A file of any size may name them, and the rotary tables are as long as the memory."""
+    with pytest.raises(
+        ConfigError, match=rf"memory_segments \({2**31}\) of block_size \(8\) must hold at most {2**20}"
+    ):
+        replace(TINY, memory_segments=2**31)
+    with pytest.raises(ConfigError, match=f"block_size must be at most {2**16}, got {2**16 + 1}"):
+        replace(TINY, block_size=2**16 + 1, memory_segments=0)
+    with pytest.raises(ConfigError, match="must hold at most"):
+        replace(TINY, block_size=2**16, memory_segments=17)
+    replace(TINY, block_size=2**16, memory_segments=16)  # the limits themselves are allowed
+    FamModel(replace(TINY, block_size=1, fam_length=1, memory_segments=2**20))
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -1e-5, 0, "1e-5", None, True])
 @pytest.mark.parametrize("field", ["norm_eps", "rope_theta"])
 def test_numbers_must_be_positive_and_finite(field: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from famexport.errors import InvalidInputError
-from famexport.tensorfile import MAX_HEADER_BYTES, TensorEntry, read_header, write_tensors
+from famexport.tensorfile import (
+    MAX_AXES,
+    MAX_HEADER_BYTES,
+    TensorEntry,
+    read_header,
+    read_metadata,
+    read_tensor,
+    write_tensors,
+)
 
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "model.layers.0.weight": ("bfloat16", (3, 5)),
@@ -194,6 +203,19 @@ DAMAGED: dict[str, Any] = {
     "not UTF-8": b'{"\xff": {}}',
     "deeply nested": b'{"a":' * 5_000 + b"1" + b"}" * 5_000,
     "zeros": bytes(40),
+    "UTF-16": json.dumps({"a": spec(0, 64)}).encode("utf-16"),
+    "UTF-16 without a mark": json.dumps({"a": spec(0, 64)}).encode("utf-16-le"),
+    "byte order mark": b"\xef\xbb\xbf" + json.dumps({"a": spec(0, 64)}).encode(),
+    "metadata of numbers": {"a": spec(0, 64), "__metadata__": {"x": 1}},
+    "metadata null inside": {"a": spec(0, 64), "__metadata__": {"x": None}},
+    "metadata as list": {"a": spec(0, 64), "__metadata__": []},
+    "metadata as text": {"a": spec(0, 64), "__metadata__": ""},
+    "half a character in metadata": {"a": spec(0, 64), "__metadata__": {"x": "\ud800"}},
+    "half a character as name": {"\udfff": spec(0, 64)},
+    "NaN in a further key": {"a": spec(0, 64) | {"x": float("nan")}},
+    "infinity in a further key": b'{"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64], "x": 1e999}}',
+    "a key twice": b'{"a": {"dtype": "F32", "shape": [16], "shape": [16], "data_offsets": [0, 64]}}',
+    "metadata twice": b'{"__metadata__": {}, "__metadata__": {}, "a": ' + json.dumps(spec(0, 64)).encode() + b"}",
     "NaN offsets": b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, NaN]}}',
     "a number of a million digits": b'{"a": ' + b"1" * 10**6 + b"}",
 }
@@ -206,6 +228,69 @@ def test_a_damaged_header_is_refused(tmp_path: Path, what: str) -> None:
         read_header(path)
     with pytest.raises((SafetensorError, OSError, ValueError)):  # the package agrees
         load_file(path)
+
+
+STRICTER: dict[str, Any] = {  # than the package is
+    "a tensor twice": (b'{"a": %s, "a": %s}' % ((json.dumps(spec(0, 64)).encode(),) * 2), "a key is there twice"),
+    "a further key": ({"a": spec(0, 64) | {"x": 1}}, r"'a' has \[.*'x'\], expected"),
+    "many axes": ({"a": spec(0, 64, shape=[16] + [1] * MAX_AXES)}, "'a' has 9 axes, expected at most 8"),
+}
+
+
+@pytest.mark.parametrize("what", STRICTER)
+def test_what_the_package_takes_and_famexport_does_not(tmp_path: Path, what: str) -> None:
+    header, says = STRICTER[what]
+    path = make(tmp_path / "w", header)
+    assert load_file(path)["a"].numel() == 16
+    with pytest.raises(InvalidInputError, match=f"{says}.*; copy it again"):
+        read_header(path)
+
+
+def test_a_shape_of_many_axes_costs_no_time(tmp_path: Path) -> None:
+    """Half a megabyte of header: their product has 200,000 digits, and took 13 seconds."""
+    began = time.process_time()
+    with pytest.raises(InvalidInputError, match="has 200000 axes, expected at most 8"):
+        read_header(make(tmp_path / "w", {"a": spec(0, 64, shape=[9] * 200_000)}))
+    assert time.process_time() - began < 2
+
+
+def test_as_many_axes_as_there_may_be(tmp_path: Path) -> None:
+    path = make(tmp_path / "w", {"a": spec(0, 64, shape=[2, 2, 2, 2, 1, 1, 1, 1])})
+    assert len(read_header(path)["a"].shape) == MAX_AXES
+
+
+def test_whole_characters_in_escapes_are_read(tmp_path: Path) -> None:
+    path = make(tmp_path / "w", {"\U0001f389": spec(0, 64), "__metadata__": {"x": "\U0001f389"}})
+    assert rb"\ud83c\udf89" in path.read_bytes()
+    assert list(read_header(path)) == list(load_file(path)) == ["\U0001f389"]
+    assert read_metadata(path) == {"x": "\U0001f389"}
+    assert read_metadata(make(tmp_path / "w", {"a": spec(0, 64), "__metadata__": None})) == {}
+
+
+@pytest.mark.parametrize("what", ["metadata of numbers", "half a character in metadata", "byte order mark"])
+def test_damaged_metadata_is_refused(tmp_path: Path, what: str) -> None:
+    with pytest.raises(InvalidInputError, match=r"^weights: damaged safetensors header"):
+        read_metadata(make(tmp_path / "weights", DAMAGED[what]))
+
+
+def test_names_that_are_a_terminals_commands_are_shown_as_text(tmp_path: Path) -> None:
+    name = "\x1b]0;owned\x07" + "x" * 1000
+    for entry in (spec(4, 64), spec(0, 64, "F5"), spec(0, 64, shape=[17]), spec(0, 64, shape=["\x1b"])):
+        with pytest.raises(InvalidInputError, match=r"'\\x1b\]0;owned\\x07x") as caught:
+            read_header(make(tmp_path / "w", {name: entry}))
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 300
+
+
+def test_one_tensor_is_read_and_a_file_cut_meanwhile_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    placed, data = write(path), tensors()
+    for name, entry in placed.items():
+        assert read_tensor(path, entry).tobytes() == raw(data[name]).tobytes(), name
+    last = max(placed.values(), key=lambda e: e.offset)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InvalidInputError, match="ends early: the file was cut while it was read"):
+        read_tensor(path, last)
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

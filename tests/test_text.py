@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import subprocess
 import sys
@@ -11,7 +12,15 @@ import pytest
 
 from famexport import text as module
 from famexport.errors import InvalidInputError, MissingDependencyError, UsageError
-from famexport.text import check_tokens, open_tokenizer, read_text, read_token_ids
+from famexport.text import (
+    check_tokens,
+    open_tokenizer,
+    read_text,
+    read_token_ids,
+    stream_text,
+    stream_tokens,
+    token_ids,
+)
 
 TEXT = "the ship naïve Straße 日本語テキスト العربية 🎉 👨‍👩‍👧 e\u0301 ½\n\ttabs\r\n" * 40
 
@@ -35,6 +44,90 @@ def test_open_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(MissingDependencyError, match=r"famexport\[text\]"):
         open_tokenizer(path)
+
+
+def tokenizer_json(model: dict[str, Any], **more: Any) -> str:
+    parts = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    return json.dumps({"version": "1.0", "added_tokens": [], **dict.fromkeys(parts), "model": model} | more)
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+UNIGRAM = {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}
+EMPTY = {"type": "Replace", "pattern": {"String": ""}, "content": "x"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def test_a_tokenizer_that_panics_when_it_is_opened(tmp_path, capfd):
+    """Rust's panics are no Exception."""
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer_json(BPE))
+    assert token_ids(open_tokenizer(path), "ab") == [2]
+    path.write_text(tokenizer_json(BPE | {"continuing_subword_prefix": "ByteLevel"}))
+    with pytest.raises(
+        InvalidInputError, match=r"tokenizer\.json is not a tokenizer.json: .*; copy it again"
+    ) as caught:
+        open_tokenizer(path)
+    assert type(caught.value.__cause__).__name__ == "PanicException"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (tokenizer_json(BPE, normalizer=EMPTY, pre_tokenizer=BYTES), "PanicException"),
+        (tokenizer_json(WORDS), "Exception"),
+        (tokenizer_json(UNIGRAM), "Exception"),
+    ],
+    ids=["panic", "word", "unigram"],
+)
+def test_text_that_cannot_be_encoded(text, kind, tmp_path, capfd):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text(text)
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    for encode in (token_ids, lambda tokenizer, text: list(stream_tokens(tokenizer, [text]))):
+        with pytest.raises(
+            InvalidInputError, match="the tokenizer cannot encode this text: .*; feed token ids"
+        ) as caught:
+            encode(tokenizer, "zzz")
+        assert type(caught.value.__cause__).__name__ == kind
+
+
+def test_ids_that_cannot_be_decoded(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(BPE))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    assert "".join(stream_text(tokenizer, [0, 1])) == "a b"
+    with pytest.raises(InvalidInputError, match="the tokenizer cannot decode token -1: .*; feed token ids"):
+        list(stream_text(tokenizer, [0, -1]))
+
+
+def test_what_is_no_error_of_the_tokenizer_passes():
+    class Tokenizer:
+        def encode(self, text: str, add_special_tokens: bool) -> None:
+            raise error
+
+    for error in (KeyboardInterrupt(), SystemExit(3), GeneratorExit()):
+        with pytest.raises(type(error)) as caught:
+            token_ids(Tokenizer(), "a")
+        assert caught.value is error
+
+
+def test_errors_of_whoever_gives_the_ids_or_takes_the_text_pass(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(BPE))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+
+    def ids():
+        yield 0
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(stream_text(tokenizer, ids()))
+    texts = stream_text(tokenizer, [0, 1])
+    next(texts)
+    with pytest.raises(ZeroDivisionError):
+        texts.throw(ZeroDivisionError())
 
 
 def test_text_is_read_in_pieces(tmp_path, monkeypatch):

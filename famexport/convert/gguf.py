@@ -99,7 +99,9 @@ def gguf_config(file: GGUFFile, fam: Mapping[str, Any]) -> FamConfig:
     arch = meta.get("general.architecture")
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         expected = ", ".join(ARCHITECTURES)
-        raise UnsupportedModelError(f"{subject}: architecture {arch!r} is not supported; expected one of {expected}")
+        raise UnsupportedModelError(
+            f"{subject}: architecture {arch!r:.80} is not supported; expected one of {expected}"
+        )
     values = {
         key.removeprefix(f"{arch}."): _uniform(value) for key, value in meta.items() if key.startswith(f"{arch}.")
     }
@@ -120,7 +122,7 @@ def gguf_config(file: GGUFFile, fam: Mapping[str, Any]) -> FamConfig:
     head_dim = values.get("attention.key_length", width // heads if sound else 0)
     for key in ("attention.value_length", "rope.dimension_count"):
         if values.get(key, head_dim) != head_dim:
-            raise UnsupportedModelError(f"{subject}: {key}={values[key]!r} is not the head size {head_dim!r}")
+            raise UnsupportedModelError(f"{subject}: {key}={values[key]!r:.80} is not the head size {head_dim!r:.80}")
     config = FamConfig(
         **{**base, "norm_eps": _decimal(base["norm_eps"])},
         vocab_size=tensors["token_embd.weight"].shape[0],
@@ -142,19 +144,19 @@ def _unsupported(file: GGUFFile, values: Mapping[str, Any]) -> list[str]:
     found = []
     for key, allowed in _MUST_BE.items():
         if key in values and not any(values[key] == value for value in allowed):
-            found.append(f"option {key}={values[key]!r} is not supported")
+            found.append(f"option {key}={values[key]!r:.80} is not supported")
     if "rope.scaling.type" not in values:  # llama.cpp takes a factor without a type for linear scaling
         for key in ("rope.scaling.factor", "rope.scale_linear"):
             if values.get(key, 0) not in (0, 1):
-                found.append(f"option {key}={values[key]!r} is not supported")
-    found += [f"{key} differs from layer to layer" for key, value in values.items() if isinstance(value, _Varied)]
+                found.append(f"option {key}={values[key]!r:.80} is not supported")
+    found += [f"{key!r:.80} differs from layer to layer" for key, value in values.items() if isinstance(value, _Varied)]
     factors = [name for name in file.tensors if name.startswith("rope_")]
     if factors:
         found.append(
-            f"rope scaling as a tensor ({', '.join(factors)}) is not supported; convert the original model instead"
+            f"rope scaling as a tensor ({factors!r:.200}) is not supported; convert the original model instead"
         )
     if (kind := _uniform(file.metadata.get("general.type", "model"))) != "model":
-        found.append(f"general.type={kind!r} is not a whole model")
+        found.append(f"general.type={kind!r:.80} is not a whole model")
     if _uniform(file.metadata.get("split.count", 1)) not in (0, 1):
         found.append("a model split into several files is not supported; merge them with llama-gguf-split --merge")
     return found

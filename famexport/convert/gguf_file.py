@@ -71,7 +71,7 @@ def read_gguf(path: Path) -> GGUFFile:
         infos = [cursor.tensor_info() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise CheckpointError(f"{path.name}: general.alignment must be a power of two, got {alignment!r}")
+            raise CheckpointError(f"{path.name}: general.alignment must be a power of two, got {alignment!r:.80}")
         start = cursor.position + -cursor.position % alignment
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, kind, offset in infos:

@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from famexport.convert.gguf_file import GGUFFile
 from famexport.convert.hf import check_vocabulary
 from famexport.errors import CheckpointError, MissingDependencyError
+from famexport.text import tokenizer_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -67,7 +70,12 @@ def _build(file: GGUFFile) -> Tokenizer:
     if kind is None:
         raise _NoTokenizerError("the file has none")
     tokens = _strings(file, "tokenizer.ggml.tokens")
-    types = [int(n) for n in file.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))]
+    types = file.metadata.get("tokenizer.ggml.token_type", np.ones(len(tokens), np.int32))
+    if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu":
+        got = types.dtype if isinstance(types, np.ndarray) else type(types).__name__
+        raise CheckpointError(
+            f"{file.path.name}: tokenizer.ggml.token_type is {got}, expected an array of integers; get the file again"
+        )
     if len(types) != len(tokens):
         raise CheckpointError(f"{file.path.name}: {len(tokens)} tokens but {len(types)} token types")
     if isinstance(kind, str) and kind == "gpt2":
@@ -75,9 +83,9 @@ def _build(file: GGUFFile) -> Tokenizer:
     elif isinstance(kind, str) and kind == "llama":
         tokenizer = _sentencepiece(file)
     else:
-        raise _NoTokenizerError(f"tokenizer.ggml.model={kind!r} is not known, expected gpt2 or llama")
+        raise _NoTokenizerError(f"tokenizer.ggml.model={kind!r:.80} is not known, expected gpt2 or llama")
     for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [t for t, n in zip(tokens, types, strict=True) if n == wanted]
+        added = [t for t, n in zip(tokens, types.tolist(), strict=True) if n == wanted]
         tokenizer.add_tokens([tokenizers.AddedToken(t, special=special, normalized=False) for t in added if t])
     return tokenizer
 
@@ -88,7 +96,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise _NoTokenizerError(
-            f"tokenizer.ggml.pre={pre!r} is not known, expected one of {', '.join(_PRE_TOKENIZERS)}"
+            f"tokenizer.ggml.pre={pre!r:.80} is not known, expected one of {', '.join(_PRE_TOKENIZERS)}"
         )
     if pre == "default":
         warnings.warn(
@@ -102,10 +110,8 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     pairs = [merge.split(" ") for merge in _strings(file, "tokenizer.ggml.merges")]
     if any(len(pair) != 2 for pair in pairs):
         raise CheckpointError(f"{file.path.name}: a merge in tokenizer.ggml.merges is not two tokens")
-    try:
+    with tokenizer_errors(f"{file.path.name}: tokens and merges do not fit", "get the file again", CheckpointError):
         model = models.BPE(vocab=vocab, merges=[(a, b) for a, b in pairs], ignore_merges=pre == "llama-bpe")
-    except Exception as exc:  # the package raises bare Exception, for a merge that gives no token
-        raise CheckpointError(f"{file.path.name}: tokens and merges do not fit: {exc!s:.200}") from exc
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
@@ -139,7 +145,7 @@ def _add_bos(tokenizer: Tokenizer, file: GGUFFile, tokens: list[str], default: b
     name = _token(tokens, bos)
     if name is None:
         raise CheckpointError(
-            f"{file.path.name}: tokenizer.ggml.bos_token_id={bos!r} is not one of {len(tokens)} tokens"
+            f"{file.path.name}: tokenizer.ggml.bos_token_id={bos!r:.80} is not one of {len(tokens)} tokens"
         )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="bos $A", pair="bos $A bos $B", special_tokens=[{"id": "bos", "ids": [bos], "tokens": [name]}]

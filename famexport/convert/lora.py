@@ -111,7 +111,8 @@ def _misfits(adapter: Adapter, config: FamConfig) -> list[str]:
     """What is wrong with the adapter for this model; tensors of the right shape are read, and must be finite."""
     shapes = {name: shape for name, shape in parameter_shapes(config).items() if len(shape) == 2}
     linear = {name.removesuffix(".weight"): s for name, s in shapes.items() if name not in (EMBED_WEIGHT, FAM_WEIGHT)}
-    known, here = _ends(linear), _ends(adapter.pairs)
+    # Of the adapter's names only those that the model has: the ends of any name take memory with its length squared.
+    known, here = _ends(linear), _ends(module for module in adapter.pairs if module in linear)
     problems = [
         f"the model has no linear layer {name!r:.80} to target" for name in adapter.targets if name not in known
     ]

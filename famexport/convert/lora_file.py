@@ -76,7 +76,7 @@ def read_adapter(path: Path) -> Adapter:
     except InvalidInputError as exc:
         raise CheckpointError(f"LoRA adapter {path}: {exc}") from exc
     problems = [
-        f"option {key:.80}={config.get(key)!r:.80} is not supported"
+        f"option {_plain(key)}={config.get(key)!r:.80} is not supported"
         for key in dict.fromkeys((*_MUST_BE, *config))
         if (config.get(key) not in _MUST_BE[key] if key in _MUST_BE else key not in _KNOWN.split() and config[key])
     ]
@@ -107,6 +107,11 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file.name} holds {type(config).__name__}, expected an object")
     return config
+
+
+def _plain(key: str) -> str:
+    """A key as a message may show it: cut, and without what a terminal would take for a command."""
+    return repr(key)[1:-1][:80]
 
 
 def _sorted_out(
@@ -170,7 +175,9 @@ def _fam(given: Any, embeddings: TensorEntry | None, problems: list[str]) -> dic
     if not isinstance(given, dict):
         problems.append(f"fam must be an object, got {given!r:.80}")
         given = {}
-    problems += [f"unknown key fam.{key:.80}; expected {', '.join(DEFAULTS)}" for key in given if key not in DEFAULTS]
+    problems += [
+        f"unknown key fam.{_plain(key)}; expected {', '.join(DEFAULTS)}" for key in given if key not in DEFAULTS
+    ]
     fam = {key: value for key, value in given.items() if key in DEFAULTS and type(value) is int}
     wrong = [key for key in given if key in DEFAULTS and key not in fam]
     problems += [f"fam.{key} must be a whole number, got {given[key]!r:.80}" for key in wrong]

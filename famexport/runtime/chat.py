@@ -9,7 +9,7 @@ import numpy as np
 
 from famexport.chat_template import ChatTemplate
 from famexport.runtime.stream import TokenStream
-from famexport.text import stream_text
+from famexport.text import stream_text, token_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,16 +47,12 @@ class Chat:
             text, before = self._template.opening(message, self._system), []
         else:
             text, before = self._template.turn(message), self._end
-        ids = np.array([*before, *self._ids(text)], np.int64)
+        ids = np.array([*before, *token_ids(self._tokenizer, text)], np.int64)
         answer = self._stream.generate(ids, max_new_tokens, stop=self._stop, **sampling)
-        self._end = end = self._ids(self._template.end)
+        self._end = end = token_ids(self._tokenizer, self._template.end)
 
         def tokens() -> Iterator[int]:
             if (yield from answer) in end[:1]:
                 self._end = end[1:]  # it ended itself, and that token is in the state
 
         yield from stream_text(self._tokenizer, tokens())
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids

@@ -20,11 +20,12 @@ from famexport.errors import InvalidInputError, SnapshotError, UsageError, raise
 from famexport.manifest import strict_json
 from famexport.publish import staged_file
 from famexport.runtime.backend import STORAGE, Arrays
-from famexport.tensorfile import TensorEntry, read_metadata, read_tensors, write_tensors
+from famexport.tensorfile import TensorEntry, read_header, read_metadata, read_tensor, write_tensors
 
 SCHEMA_VERSION = 1
 _KEY = "famexport.snapshot"
 _OPEN_INPUTS, _LAST_LOGITS = "open_inputs", "last_logits"
+_MAX_TEXT, _MAX_NAMED = 500, 20  # characters of a text in the header; problems
 _FIELDS = {
     "schema_version": int,
     "model": str,
@@ -139,7 +140,7 @@ class Snapshot:
             problems.append(f"it has a batch of {self.batch}, this stream has {batch}")
         mine, its = ({s.name: (s.dtype, s.shape[1:]) for s in c.states} for c in (here.contract, there.contract))
         problems += [f"its state {name} differs in dtype or shape" for name in mine if its.get(name) != mine[name]]
-        problems += [f"it has the state {name}, which this model lacks" for name in its if name not in mine]
+        problems += [f"it has the state {name!r:.80}, which this model lacks" for name in its if name not in mine]
         problems += self._open_problems(here.contract)
         if not problems and there.engine != here.engine and not any_engine:
             problems.append(
@@ -173,6 +174,9 @@ def _about(tree: Any) -> dict[str, Any]:
         raise InvalidInputError(f"its header must have {sorted(_FIELDS)}")
     wrong = [key for key, kind in _FIELDS.items() if type(tree[key]) is not kind]
     raise_problems(InvalidInputError, "its header", [f"{key} is {type(tree[key]).__name__}" for key in wrong])
+    for key, text in tree.items():  # errors show them
+        if isinstance(text, str) and not (text.isprintable() and len(text) <= _MAX_TEXT):
+            raise InvalidInputError(f"its header has {key} {text!r:.80}, expected at most {_MAX_TEXT} plain characters")
     if tree["schema_version"] != SCHEMA_VERSION:
         raise InvalidInputError(f"it has schema version {tree['schema_version']}, expected {SCHEMA_VERSION}")
     if tree["batch"] < 1 or tree["blocks"] < 0:
@@ -192,23 +196,27 @@ def _specs(contract: StepContract, batch: int) -> dict[str, TensorSpec]:
 
 
 def _read(path: Path, specs: Mapping[str, TensorSpec]) -> Arrays:
-    arrays, problems = {}, []
-    for entry, data in read_tensors(path):
-        spec = specs.get(entry.name)
+    """The tensors of ``specs``. None is read before all are what they should be: a file may claim any size."""
+    entries, problems = read_header(path), []
+    for name, entry in entries.items():
+        spec, named, shape = specs.get(name), f"{name!r:.80}", entry.shape
         if spec is None:
-            problems.append(f"unknown tensor {entry.name!r:.80}")
+            problems.append(f"unknown tensor {named}")
             continue
-        shape = entry.shape
-        if entry.name == _OPEN_INPUTS and len(shape) > 1 and 0 < shape[1] < spec.sized(1)[1]:
+        if name == _OPEN_INPUTS and len(shape) > 1 and 0 < shape[1] < spec.sized(1)[1]:
             shape = (shape[0], spec.sized(1)[1], *shape[2:])  # as many as the block holds so far
         if (entry.dtype, shape) != (spec.dtype, spec.shape):
-            problems.append(f"{entry.name} is {entry.dtype} {list(entry.shape)}, expected {spec}")
-            continue
-        arrays[entry.name] = data.view(STORAGE[entry.dtype]).reshape(entry.shape)
+            expected = f"{spec.dtype} {list(spec.shape)!r:.80}"
+            problems.append(f"tensor {named} is {entry.dtype} {list(entry.shape)}, expected {expected}")
     optional = (_OPEN_INPUTS, _LAST_LOGITS)
-    problems += [f"tensor {name} is missing" for name in specs if name not in arrays and name not in optional]
+    problems += [f"tensor {name!r:.80} is missing" for name in specs if name not in entries and name not in optional]
+    if len(problems) > _MAX_NAMED:
+        problems = [*problems[:_MAX_NAMED], f"and {len(problems) - _MAX_NAMED} more"]
     raise_problems(InvalidInputError, "it does not hold what its contract says", problems)
-    return arrays
+    return {
+        name: read_tensor(path, entry).view(STORAGE[entry.dtype]).reshape(entry.shape)
+        for name, entry in entries.items()
+    }
 
 
 def _digest(about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

@@ -177,7 +177,7 @@ def test_unsupported_files_are_named(tmp_path, make_model, write_gguf):
         "rope_freqs.weight": write_gguf(
             tmp_path / "b.gguf", model, "llama", tensors={"rope_freqs.weight": np.ones(8, np.float32)}
         ),
-        "head_count_kv differs from layer to layer": write_gguf(
+        "head_count_kv' differs from layer to layer": write_gguf(
             tmp_path / "c.gguf", model, "llama", meta=per_layer, skip=("attention.head_count_kv",)
         ),
         "tensor type F64": write_gguf(tmp_path / "d.gguf", model, "llama", tensors={"x": np.ones(8)}),
@@ -193,7 +193,7 @@ def test_missing_and_unexpected_are_named(tmp_path, make_model, write_gguf):
     with pytest.raises(CheckpointError, match=r"llama\.embedding_length.*llama\.block_count"):
         convert(path, tmp_path / "out")
     path = write_gguf(tmp_path / "b.gguf", model, "llama", tensors={"blk.0.odd.weight": np.ones(8, np.float32)})
-    with pytest.raises(CheckpointError, match=r"unexpected blk\.0\.odd\.weight"):
+    with pytest.raises(CheckpointError, match=r"unexpected 'blk\.0\.odd\.weight'"):
         convert(path, tmp_path / "out")
     path = write_gguf(tmp_path / "c.gguf", model, "qwen3")  # a llama's weights have neither norm
     with pytest.raises(CheckpointError, match=r"missing model\.layers\.0\.self_attn\.q_norm\.weight"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,12 @@ def test_an_unnamed_pre_tokenizer_is_gpt2s_with_a_warning(make):
     ("changed", "named"),
     [
         ({"token_type": [1, 2]}, "but 2 token types"),
+        ({"token_type": 1}, "token_type is int, expected an array of integers"),
+        ({"token_type": True}, "token_type is bool, expected an array of integers"),
+        ({"token_type": "1"}, "token_type is str, expected an array of integers"),
+        ({"token_type": ["1"] * 400}, "token_type is list, expected an array of integers"),
+        ({"token_type": [math.nan] * 400}, "token_type is float32, expected an array of integers"),
+        ({"token_type": [True] * 400}, "token_type is bool, expected an array of integers"),
         ({"merges": ["a b c"]}, "is not two tokens"),
         ({"merges": ["zz qq"]}, "tokens and merges do not fit"),
         ({"tokens": [1, 2]}, "tokens is missing or not a list of strings"),

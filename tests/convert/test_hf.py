@@ -20,7 +20,7 @@ from famexport.checkpoint import (
     write_checkpoint,
 )
 from famexport.config import preset
-from famexport.convert import convert
+from famexport.convert import convert, hf
 from famexport.errors import CheckpointError, UsageError
 
 pytest.importorskip("transformers")
@@ -180,7 +180,7 @@ def test_damaged_shards(tmp_path, make_model):
     with pytest.raises(CheckpointError, match=f"{shards[1].name}.*truncated"):
         convert(tmp_path / "hf", tmp_path / "out")
     shards[1].unlink()
-    with pytest.raises(CheckpointError, match=f"{shards[1].name} is missing"):
+    with pytest.raises(CheckpointError, match=f"{shards[1].name}' is missing"):
         convert(tmp_path / "hf", tmp_path / "out")
     shards[1].write_bytes(whole)
     text = index.read_text()
@@ -222,6 +222,21 @@ def test_tokenizer_files_are_checked_and_copied(tmp_path, make_model):
     (source / "tokenizer.model").write_bytes(b"x")
     with pytest.warns(UserWarning, match="tokenizer.model but no tokenizer.json"):
         convert(source, tmp_path / "out2")
+
+
+def test_tokenizer_files_have_a_limit(tmp_path, make_model, monkeypatch):
+    """They are read whole: the largest that is taken, and a byte more."""
+    source, text = tmp_path / "hf", tokenizer_json(96)
+    make_model("llama").save_pretrained(source)
+    (source / "tokenizer.json").write_text(text)
+    monkeypatch.setattr(hf, "MAX_TOKENIZER_BYTES", len(text))
+    convert(source, tmp_path / "out")
+    (source / "tokenizer.json").write_text(text + "\n")
+    with pytest.raises(
+        CheckpointError, match=rf"tokenizer\.json has {len(text) + 1} bytes, expected at most {len(text)}"
+    ):
+        convert(source, tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
 
 
 # Peaks from /proc: ru_maxrss begins with the size of the process that started this one.

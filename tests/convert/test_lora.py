@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -454,6 +455,26 @@ TENSORS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
 def test_tensors_that_are_refused(case: str, refused: Callable[..., str], tmp_path: Path) -> None:
     tensors, named = TENSORS[case]
     assert named in refused(write(tmp_path / "adapter", tensors))
+
+
+def test_names_of_many_parts_cost_no_memory(refused: Callable[..., str], tmp_path: Path) -> None:
+    """All ends of a name of 20,000 parts are 380 MB."""
+    name = PREFIX + "a." * 20_000 + "x"
+    adapter = write(tmp_path / "adapter", {f"{name}.lora_{half}.weight": random(4, 4) for half in "AB"})
+    refused(adapter)  # imports what it needs
+    tracemalloc.start()
+    try:
+        assert "the model has no linear layer 'a.a.a" in refused(adapter)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_keys_that_are_a_terminals_commands_are_shown_as_text(refused: Callable[..., str], tmp_path: Path) -> None:
+    message = refused(write(tmp_path / "adapter", **{"\x1b[2J": 1, "fam": {"\x1b]0;x\x07": 8}}))
+    assert message.isprintable()
+    assert r"option \x1b[2J=1 is not supported" in message
+    assert r"unknown key fam.\x1b]0;x\x07; expected" in message
 
 
 def test_one_error_names_all_problems(refused: Callable[..., str], tmp_path: Path) -> None:
