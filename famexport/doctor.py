@@ -25,11 +25,11 @@ PARTS = {
     "onnx": ("export", "exporting"),
     "onnxscript": ("export", "exporting"),
     "onnx-ir": ("export", "exporting"),
-    "polygraphy": ("export", "comparing and inspecting graphs"),
+    "polygraphy": ("export", "comparing backends"),
     "transformers": ("hf", "converting GGUF files with SentencePiece tokenizers"),
     "tensorrt": ("tensorrt", "building and running TensorRT engines on the device"),
     "tensorrt-rtx-cu13": ("rtx", "building TensorRT-RTX engines, without a GPU; running them"),
-    "cuda-python": ("rtx", "state on CUDA devices (backends ort-cuda, tensorrt, tensorrt-rtx)"),
+    "cuda-python": ("gpu", "state on CUDA devices (backends ort-cuda, tensorrt, tensorrt-rtx)"),
     "onnxruntime-gpu": ("gpu", "running bundles on NVIDIA GPUs (backend ort-cuda)"),
     "gguf": ("hf", "converting GGUF files"),
     "huggingface-hub": ("hf", "converting by hub id"),
@@ -50,8 +50,8 @@ def examine() -> dict[str, Any]:
     backends = [
         _tensorrt("tensorrt", cuda),
         _tensorrt("tensorrt-rtx", cuda),
-        _ort_gpu("ort-cuda", "CUDAExecutionProvider", cuda),
-        _ort_gpu("ort-tensorrt", "TensorrtExecutionProvider", cuda),
+        _ort_cuda(cuda),
+        _ort_gpu("ort-tensorrt", "Tensorrt", cuda),
         _ort_cpu(),
         *_torch(),
     ]
@@ -86,13 +86,19 @@ def _ort_gpu(name: str, provider: str, cuda: str | None) -> dict[str, Any]:
         onnxruntime = import_onnxruntime()
     except (MissingDependencyError, OSError) as exc:
         return _backend(name, False, f"{exc.__cause__ or exc}", "pip install 'famexport[gpu]'")
-    if provider not in onnxruntime.get_available_providers():
+    if f"{provider}ExecutionProvider" not in onnxruntime.get_available_providers():
         add = "pip install 'famexport[gpu]'"
-        return _backend(name, False, f"onnxruntime {onnxruntime.__version__} has no {provider}", add)
-    if cuda or name != "ort-cuda":
-        return _backend(name, cuda is None, cuda or f"onnxruntime {onnxruntime.__version__}", None)
+        return _backend(name, False, f"onnxruntime {onnxruntime.__version__} has no {provider} provider", add)
+    return _backend(name, cuda is None, cuda or f"onnxruntime {onnxruntime.__version__}", None)
+
+
+def _ort_cuda(cuda: str | None) -> dict[str, Any]:
+    found = _ort_gpu("ort-cuda", "CUDA", cuda)
     works, built, said = _kernels()
-    return _backend(name, works, f"onnxruntime {onnxruntime.__version__}, {said}", None if built else COMMAND)
+    found["detail"] += f"; {said}"
+    if found["works"]:  # else there is more to add first
+        found.update(works=works, add=None if built else COMMAND)
+    return found
 
 
 def _kernels() -> tuple[bool, bool, str]:
@@ -101,7 +107,7 @@ def _kernels() -> tuple[bool, bool, str]:
         library = find()
     except FamExportError as exc:  # a library that nobody vouches for is not passed over: ort-cuda refuses to load
         return not isinstance(exc, UntrustedError), False, str(exc).partition(";")[0]
-    return (True, True, "kernels built") if library else (True, False, "slower without its kernels")
+    return (True, True, "kernels built") if library else (True, False, "kernels not built, slower without")
 
 
 def _ort_cpu() -> dict[str, Any]:

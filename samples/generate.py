@@ -6,6 +6,7 @@ python samples/generate.py BUNDLE "Once upon a time" [TOKENS]
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from famexport.runtime.feeding import bundle_tokenizer
 from famexport.text import stream_text
 
 
-def main(bundle: str, prompt: str, tokens: str = "40") -> None:
+def main(bundle: str, prompt: str, tokens: int = 40) -> None:
     with fx.load(bundle) as session, session.stream() as stream:
         tokenizer = bundle_tokenizer(session.bundle)
         stop = stop_ids(session.bundle, tokenizer)
@@ -26,7 +27,7 @@ def main(bundle: str, prompt: str, tokens: str = "40") -> None:
         read = stream.snapshot()  # the prompt is read once
         for temperature, seed in ((0.0, None), (0.8, 1), (0.8, 2)):
             stream.restore(read)
-            made = stream.generate([], int(tokens), temperature=temperature, top_p=0.95, seed=seed, stop=stop)
+            made = stream.generate([], tokens, temperature=temperature, top_p=0.95, seed=seed, stop=stop)
             print(f"[temperature {temperature}] {prompt}", end="")
             for text in stream_text(tokenizer, made):
                 print(text, end="", flush=True)
@@ -34,4 +35,12 @@ def main(bundle: str, prompt: str, tokens: str = "40") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bundle")
+    parser.add_argument("prompt")
+    parser.add_argument("tokens", type=int, nargs="?", default=40)
+    try:
+        main(**vars(parser.parse_args()))
+    except fx.FamExportError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(exc.exit_code)

@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from famexport.bench.measure import bench
 from famexport.bench.tokens import bench_tokens
 from famexport.checkpoint import init_checkpoint
@@ -58,6 +60,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     options.mode = options.mode or ["block", "token"]
     if options.graphs == "block" and "token" in options.mode:
         parser.error("--graphs block has no token steps; add --mode block")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --device cpu is for trying the script out")
     options.graphs = options.graphs or ("all" if "token" in options.mode else "block")
     return options
 

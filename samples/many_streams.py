@@ -6,6 +6,7 @@ python samples/many_streams.py BUNDLE [USERS] [TOKENS]
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,18 +18,18 @@ import famexport as fx
 CAPACITY = 4
 
 
-def main(bundle: str, users: str = "12", tokens: str = "16") -> None:
+def main(bundle: str, users: int = 12, tokens: int = 16) -> None:
     with fx.load(bundle) as session, session.pool(CAPACITY) as pool:
         vocabulary = session.contract.vocab_size
 
         def user(number: int) -> list[int]:
             prompt = np.random.default_rng(number).integers(0, vocabulary, 5 + 3 * number)
             with pool.open() as stream:
-                return list(stream.generate(prompt, int(tokens)))
+                return list(stream.generate(prompt, tokens))
 
         started = time.perf_counter()
         with ThreadPoolExecutor(CAPACITY) as threads:  # no more users at once than there are rows
-            answers = list(threads.map(user, range(int(users))))
+            answers = list(threads.map(user, range(users)))
         seconds = time.perf_counter() - started
         for number, answer in enumerate(answers):
             print(f"user {number}: {answer[:8]} ...")
@@ -37,4 +38,12 @@ def main(bundle: str, users: str = "12", tokens: str = "16") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bundle")
+    parser.add_argument("users", type=int, nargs="?", default=12)
+    parser.add_argument("tokens", type=int, nargs="?", default=16)
+    try:
+        main(**vars(parser.parse_args()))
+    except fx.FamExportError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(exc.exit_code)

@@ -5,6 +5,7 @@ python samples/stream_file.py BUNDLE TEXT STATE
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -44,4 +45,11 @@ def main(bundle: str, text: str, state: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    for word in ("bundle", "text", "state"):
+        parser.add_argument(word)
+    try:
+        main(**vars(parser.parse_args()))
+    except fx.FamExportError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(exc.exit_code)

@@ -11,6 +11,7 @@ import torch
 
 from famexport.contract import OPEN_LENGTH, GraphIO, StepContract, TensorSpec
 from famexport.errors import ParityError
+from famexport.export.parity import refused
 from famexport.export.source import Source
 from famexport.runtime.backend import STORAGE, to_public, to_storage
 from famexport.runtime.golden import relative_error
@@ -70,7 +71,7 @@ def compare_calls(
         if not found[worst] <= tolerance:  # NaN fails too
             raise ParityError(
                 f"the exported {name} differs from the float32 torch model: {worst} by {found[worst]:.3g} (relative), "
-                f"allowed is {tolerance:.3g}; nothing was published"
+                f"allowed is {tolerance:.3g}; {refused(found[worst])}"
             )
         errors[name] = found[worst]
     return errors

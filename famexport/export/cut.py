@@ -42,12 +42,12 @@ class ParityPlan(NamedTuple):
 def plan_parity(what: Source, asked: int | None) -> ParityPlan:
     """As many blocks as were asked for, or as the budget allows; where it does not allow 2, the model is cut."""
     flops = what.cost.get("flops_per_block")
-    whole = asked or default_blocks(flops, what.contract)
+    whole = asked or default_blocks(flops)
     if asked or not flops or not is_cut(what) or 2 * flops <= FLOP_BUDGET:
         return ParityPlan(whole, 0)
     assert what.cut is not None
     first = what.cut(TRACED_LAYERS)
-    return ParityPlan(1, default_blocks(first.cost["flops_per_block"], first.contract))
+    return ParityPlan(1, default_blocks(first.cost["flops_per_block"]))
 
 
 def is_cut(what: Source) -> bool:

@@ -22,6 +22,7 @@ from famexport.export.source import Reference
 from famexport.runtime.backend import STORAGE, Loop, to_public
 from famexport.runtime.chunks import chunk_plan
 from famexport.runtime.golden import GOLDEN_BLOCKS, Golden, relative_error
+from famexport.runtime.inputs import random_input
 
 # Largest relative error ||a - b|| / ||b|| of one block's logits or of one state tensor, by precision
 TOLERANCES = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1.5e-1, "int8": 0.4, "int4": 0.9}
@@ -64,7 +65,7 @@ def growth_note(parity: Mapping[str, Any]) -> str | None:
     )
 
 
-def default_blocks(flops_per_block: int | None, contract: StepContract) -> int:
+def default_blocks(flops_per_block: int | None) -> int:
     """Blocks to compare: 256 for small models, fewer where the reference would take long, never fewer than 2."""
     if not flops_per_block:
         return FULL_BLOCKS
@@ -114,7 +115,7 @@ def check_parity(
         for block in range(blocks):
             if block == reset_at:
                 loop.zero([batch - 1])
-            advance(random_input(contract, batch, inputs), out)
+            advance(random_input(contract, batch, contract.block_size, inputs), out)
             loop.commit()
             spool.write(out.data)
             report.fam_norm.append(_spool_state(loop, spool))
@@ -128,7 +129,7 @@ def check_parity(
             if block == reset_at:
                 for tensor in state.values():
                     tensor[batch - 1] = 0
-            fed = random_input(contract, batch, inputs)
+            fed = random_input(contract, batch, contract.block_size, inputs)
             with torch.no_grad():
                 logits, state = reference(torch.from_numpy(fed), state)
             wanted = logits.numpy()
@@ -146,21 +147,19 @@ def check_parity(
     return report, golden
 
 
-def random_input(contract: StepContract, batch: int, rng: np.random.Generator) -> np.ndarray:
-    """One block of input: uniform token ids, or standard normal embeddings."""
-    spec = contract.inputs[0]
-    if spec.dtype == "int64":
-        return rng.integers(0, contract.vocab_size, spec.sized(batch), dtype=np.int64)
-    return rng.standard_normal(spec.sized(batch)).astype(STORAGE[spec.dtype])
-
-
 def _require(errors: dict[str, float], tolerance: float, block: int) -> None:
     worst = max(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
     if not errors[worst] <= tolerance:  # NaN fails too
         raise ParityError(
             f"the exported step differs from the float32 torch step at block {block}: {worst} by {errors[worst]:.3g} "
-            f"(relative), allowed is {tolerance:.3g}; nothing was published"
+            f"(relative), allowed is {tolerance:.3g}; {refused(errors[worst])}"
         )
+
+
+def refused(error: float) -> str:
+    """How the message of a ParityError ends: what to type."""
+    more = ", or with a larger --tolerance if that will do" if np.isfinite(error) else ""
+    return f"nothing was published; export with a higher --precision{more}"
 
 
 def _spool_state(loop: Loop, spool: IO[bytes]) -> float:

@@ -16,11 +16,11 @@ from famexport.bundle import Bundle, Signature, describe_files, is_bundle, open_
 from famexport.checkpoint import Checkpoint, open_checkpoint
 from famexport.config import FamConfig
 from famexport.contract import PRECISION_DTYPE, QUANTIZED
-from famexport.errors import FamExportError, UsageError
+from famexport.errors import CheckpointError, FamExportError, UsageError
 from famexport.export import passes
 from famexport.export.cuda_steps import cuda_graphs
 from famexport.export.cut import compare, is_cut
-from famexport.export.quality import measure_quality, quality_options
+from famexport.export.quality import measure_quality, quality_options, quality_tokens
 from famexport.export.quantize import quantize
 from famexport.export.source import Source, checkpoint_source, module_source
 from famexport.export.stamp import TRACED_LAYERS, stamp
@@ -47,7 +47,7 @@ def export_bundle(
     inputs: str = "tokens",
     logits: str = "all",
     graphs: str = "block",
-    chunks: Sequence[int] = (1,),
+    chunks: Sequence[int] | None = None,
     parity_blocks: int | None = None,
     tolerance: float | None = None,
     max_loss_increase: float | None = None,
@@ -66,7 +66,7 @@ def export_bundle(
         inputs: ``tokens`` or ``inputs_embeds``.
         logits: ``all`` rows of the block or the ``last``.
         graphs: ``block`` gives block_step; ``all`` gives append_step and commit_block too, over the same weight file.
-        chunks: widths of append_step, one graph each: positions that it takes at once.
+        chunks: widths of append_step, one graph each: positions that it takes at once; 1 alone unless given.
         parity_blocks: blocks to compare; by default 256, fewer for models that take long. Where not even 2 are cheap, 1
             block is compared through all layers and more through the first ones alone: ``parity["cut"]``; append_step
             and commit_block through all layers for one call: ``parity["calls"]``.
@@ -93,6 +93,9 @@ def export_bundle(
         raise UsageError("a module is exported as its own contract says; precision, batch, inputs and logits go there")
     _return_large_buffers()
     with staged_directory(Path(out), is_bundle, "bundle") as temp:
+        for name, content in what.tokenizer.items():
+            (temp / name).write_bytes(content)
+        ids = quality_tokens(what, temp / TOKENIZER, text) if precision in QUANTIZED else None  # before what takes long
         models, cuts = _trace(what, opset, report)
         if precision in QUANTIZED:
             what = quantize(what, [*models.values(), *cuts.values()], precision)
@@ -101,13 +104,9 @@ def export_bundle(
         on_cpu = {name: temp / file.variants.get("ort-cpu", file.file) for name, file in files.items()}
         parity, golden = compare(what, on_cpu, cuts, weights, precision, parity_blocks, tolerance, seed, report)
         (temp / GOLDEN).write_bytes(golden.to_bytes())
-        for name, content in what.tokenizer.items():
-            (temp / name).write_bytes(content)
         if precision in QUANTIZED:
             graph = temp / files["block_step"].file
-            parity["quality"] = measure_quality(
-                what, precision, graph, temp / WEIGHTS, temp / TOKENIZER, limit, text, report
-            )
+            parity["quality"] = measure_quality(what, precision, graph, temp / WEIGHTS, ids, limit, text, report)
         hashes = dict[Signature, FileEntry]()
         manifest = Manifest(
             contract=what.contract,
@@ -127,11 +126,12 @@ def export_bundle(
             engines={},
         )
         write_manifest(temp, manifest)
+        open_bundle(temp, hashes=hashes)  # a module of one's own may have operators that no device would load
     return open_bundle(out, hashes=hashes)
 
 
 def _check_options(
-    precision: str, batch: int | str, inputs: str, logits: str, graphs: str, chunks: Sequence[int]
+    precision: str, batch: int | str, inputs: str, logits: str, graphs: str, chunks: Sequence[int] | None
 ) -> tuple[int, ...]:
     """The chunk widths that the options amount to."""
     allowed = {
@@ -145,9 +145,16 @@ def _check_options(
             raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     if batch != "dynamic" and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
         raise UsageError(f"batch must be a positive number or 'dynamic', got {batch!r}")
+    if graphs != "all":
+        if chunks is not None:
+            raise UsageError(
+                f"chunks {list(chunks)} are of append_step, which graphs={graphs!r} leaves out; give 'all'"
+            )
+        return ()
+    chunks = (1,) if chunks is None else chunks
     if not chunks or any(not isinstance(c, int) or isinstance(c, bool) or c < 1 for c in chunks):
         raise UsageError(f"chunks must be positive numbers of positions, got {list(chunks)}")
-    return tuple(sorted(set(chunks))) if graphs == "all" else ()
+    return tuple(sorted(set(chunks)))
 
 
 def _check_parity_options(blocks: int | None, tolerance: float | None, seed: int) -> None:
@@ -169,9 +176,16 @@ def _source(
 ) -> Source:
     if isinstance(source, nn.Module):
         return module_source(source)
+    if not isinstance(source, Checkpoint) and is_bundle(Path(source)):
+        raise CheckpointError(
+            f"{source} is a bundle, expected a checkpoint; name the one that it was exported from, or make one with: "
+            "famexport convert SRC -o CKPT"
+        )
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    if chunks and chunks[-1] > checkpoint.config.block_size:
-        raise UsageError(f"a chunk of {chunks[-1]} does not fit a block of {checkpoint.config.block_size} positions")
+    if chunks and chunks[-1] > (size := checkpoint.config.block_size):
+        raise UsageError(
+            f"a chunk of {chunks[-1]} does not fit a block of {size} positions; export with --chunk {size} or less"
+        )
     return checkpoint_source(checkpoint, precision, batch, inputs=inputs, logits=logits, chunks=chunks)
 
 

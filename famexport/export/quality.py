@@ -21,8 +21,9 @@ from famexport.export.source import Reference, Source
 from famexport.runtime.backend import Loop
 from famexport.runtime.ort import OrtCpu
 from famexport.runtime.score import log_probabilities
-from famexport.text import check_tokens, open_tokenizer, read_text
+from famexport.text import check_tokens, open_tokenizer, read_text, token_ids
 
+DEFAULT_TEXT = "Python's documentation (pydoc_data.topics)"
 TOKENS, FLOP_BUDGET, LEAST_BLOCKS = 4096, 1.5e12, 8
 MAX_LOSS_INCREASE = {"int8": 0.05, "int4": 0.1}  # nats per token
 
@@ -71,21 +72,21 @@ def measure_quality(
     precision: str,
     graph: Path,
     weights: Path,
-    tokenizer: Path,
+    ids: np.ndarray | None,
     limit: float,
     text: Path | None,
     report: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """Loss and argmax agreement of a written ``block_step`` on text, for the manifest; or why there are none.
 
+    Args:
+        ids: what ``quality_tokens`` gave.
+        text: the file that they are of.
     Raises:
         NumericError: past ``limit``.
     """
-    if reason := unmeasured(what.contract, bool(what.tokenizer)):
-        if text is not None:
-            raise UsageError(f"a quality text cannot be used: {reason}")
-        return {"unmeasured": reason}
-    ids = quality_ids(what.contract, tokenizer, text, what.cost.get("flops_per_block"))
+    if ids is None:
+        return {"unmeasured": unmeasured(what.contract, bool(what.tokenizer))}
     backend = OrtCpu(what.contract, precision, {"block_step": graph}, weights)
     loop = backend.open(1 if what.contract.batch == "dynamic" else None)
 
@@ -98,10 +99,23 @@ def measure_quality(
         what.reference(),
         ids,
         limit,
-        text=text.name if text else "Python's documentation (pydoc_data.topics)",
+        text=text.name if text else DEFAULT_TEXT,
         release=release,
         progress=lambda done, total: report("quality", done, total),
     ).to_dict()
+
+
+def quality_tokens(what: Source, tokenizer: Path, text: Path | None) -> np.ndarray | None:
+    """The token ids to measure on; None where text says nothing (``unmeasured``).
+
+    Raises:
+        UsageError, InvalidInputError: a text that cannot be used.
+    """
+    if reason := unmeasured(what.contract, bool(what.tokenizer)):
+        if text is not None:
+            raise UsageError(f"a quality text cannot be used: {reason}")
+        return None
+    return quality_ids(what.contract, tokenizer, text, what.cost.get("flops_per_block"))
 
 
 def unmeasured(contract: StepContract, tokenizer: bool) -> str | None:
@@ -131,10 +145,13 @@ def quality_ids(contract: StepContract, tokenizer: Path, text: Path | None, flop
             raise UsageError(f"no such file: {text}")
         pieces = "".join(read_text(text))
     # A token is rarely longer than 32 characters
-    ids = open_tokenizer(tokenizer).encode(pieces[: 32 * wanted], add_special_tokens=False).ids[:wanted]
+    ids = token_ids(open_tokenizer(tokenizer), pieces[: 32 * wanted])[:wanted]
     found = np.array(ids[: len(ids) // size * size], np.int64)
     if len(found) < 2 * size:
-        raise InvalidInputError(f"the quality text has {len(ids)} tokens, expected at least {2 * size}")
+        raise InvalidInputError(
+            f"the quality text, {text or DEFAULT_TEXT}, has {len(ids)} tokens, expected at least {2 * size} (two "
+            "blocks); name a longer one with --quality-text"
+        )
     check_tokens(found, contract.vocab_size)
     return found
 

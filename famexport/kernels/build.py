@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from famexport.errors import FamExportError, IncompatibleError, UntrustedError
@@ -50,7 +51,11 @@ def build(out: Path, *, cuda: bool = True, arch: str = "native") -> Path:
         command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-arch={arch}", "-x", "cu"]
     else:
         command += ["-fPIC", "-fvisibility=hidden", "-x", "c++"]
+    if cuda:
+        _check_gpu(_run([*command, "--dryrun", str(SOURCE / "library.cc"), "-o", LIBRARY])[2])  # before half a minute
+    fresh: list[Path] = []
     try:
+        fresh += (folder for folder in (out, *out.parents) if not folder.exists())
         out.mkdir(mode=0o755, parents=True, exist_ok=True)
         if written_by_others(out):
             raise UntrustedError(
@@ -72,6 +77,10 @@ def build(out: Path, *, cuda: bool = True, arch: str = "native") -> Path:
                 Path(temp, name).replace(out / name)
     except OSError as exc:
         raise FamExportError(f"cannot write the kernels to {out}: {exc}; name another folder with --out") from exc
+    finally:
+        for folder in fresh:
+            with suppress(OSError):  # not empty: it was built
+                folder.rmdir()
     return out / LIBRARY
 
 
@@ -80,7 +89,11 @@ def _compile(command: list[str], made: Path) -> None:
     if code or not made.is_file():
         said = "\n".join((err.strip() or out.strip() or "it said nothing").splitlines()[:6])
         raise FamExportError(f"{Path(command[0]).name} cannot compile the kernels (exit code {code}):\n{said}")
-    if "Cannot find valid GPU" in err:  # it takes an old architecture then
+    _check_gpu(err)
+
+
+def _check_gpu(said: str) -> None:
+    if "Cannot find valid GPU" in said:  # nvcc takes an old architecture then
         raise IncompatibleError(
             "nvcc sees no GPU here to compile for; name one: --arch sm_90 for an H100, sm_87 for Jetson Orin, "
             "all-major for any"

@@ -29,11 +29,13 @@ def find() -> Path | None:
     try:
         if not library.exists() and not record.exists():
             return None
-        said = json.loads(record.read_text())
-        source, built, cuda = said["source"], said["library"], said["cuda"]
         for path in (folder(), library, record):
             if written_by_others(path):
                 raise UntrustedError(f"others may write {path}; chmod go-w {path} if it is yours, and {again}")
+            if path != folder() and not path.is_file():  # opening a FIFO would wait for ever
+                raise UntrustedError(f"{path} is no regular file; remove it, and {again}")
+        said = json.loads(record.read_text())
+        source, built, cuda = said["source"], said["library"], said["cuda"]
         got, now = file_hash(library), source_hash()
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
         raise UntrustedError(f"{record} does not say what {library.name} is: {exc!r:.200}; {again}") from exc

@@ -303,10 +303,19 @@ def test_a_state_that_append_step_may_not_give(site: Site, monkeypatch: pytest.M
     ("options", "error", "match"),
     [
         ({"graphs": "some"}, UsageError, "graphs must be one of block, all, got 'some'"),
+        (
+            {"chunks": (1, 4)},
+            UsageError,
+            r"chunks \[1, 4\] are of append_step, which graphs='block' leaves out; give 'all'",
+        ),
         ({"graphs": "all", "chunks": ()}, UsageError, r"chunks must be positive numbers of positions, got \[\]"),
         ({"graphs": "all", "chunks": (0,)}, UsageError, r"chunks must be positive numbers of positions, got \[0\]"),
         ({"graphs": "all", "chunks": (True,)}, UsageError, r"chunks must be positive numbers"),
-        ({"graphs": "all", "chunks": (1, 5)}, UsageError, "a chunk of 5 does not fit a block of 4 positions"),
+        (
+            {"graphs": "all", "chunks": (1, 5)},
+            UsageError,
+            "a chunk of 5 does not fit a block of 4 positions; export with --chunk 4",
+        ),
     ],
 )
 def test_options_that_cannot_be(site: Site, options: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -319,9 +319,10 @@ def test_options_that_cannot_be(site: Site, options: dict[str, Any], match: str)
 
 
 def test_a_tolerance_that_nothing_meets_and_sources_that_are_none(site: Site, tmp_path: Path) -> None:
-    site.refused(ParityError, "allowed is 1e-12; nothing was published", tolerance=1e-12)
+    said = "allowed is 1e-12; nothing was published; export with a higher --precision, or with a larger --tolerance"
+    site.refused(ParityError, said, tolerance=1e-12)
     site.refused(UsageError, "no such path", tmp_path / "nowhere")
-    site.refused(CheckpointError, "config.json", site.folder / "older")
+    site.refused(CheckpointError, "is a bundle, expected a checkpoint", site.folder / "older")
 
 
 def test_a_target_that_is_not_a_bundle_is_left_alone(site: Site, tmp_path: Path) -> None:
@@ -452,10 +453,10 @@ def test_growth_of_a_known_recurrence(growth: float, noted: bool) -> None:
 
 
 def test_blocks_to_compare_are_256_and_fewer_only_for_large_models() -> None:
-    assert default_blocks(None, CONTRACT) == FULL_BLOCKS == 256
-    assert default_blocks(1_000, CONTRACT) == 256
-    assert default_blocks(int(1e11), CONTRACT) == 15
-    assert default_blocks(int(1e15), CONTRACT) == 2
+    assert default_blocks(None) == FULL_BLOCKS == 256
+    assert default_blocks(1_000) == 256
+    assert default_blocks(int(1e11)) == 15
+    assert default_blocks(int(1e15)) == 2
 
 
 def test_a_checkpoint_can_be_given_opened(exported: Exported, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import famexport as fx
 from famexport.cli import main
 from famexport.contract import StepContract, TensorSpec
-from famexport.errors import InvalidInputError, NumericError
+from famexport.errors import InvalidInputError, NumericError, UsageError
 from famexport.export.quality import check_quality, quality_ids, unmeasured
 from tests.conftest import tiny_tokenizer
 
@@ -92,8 +93,24 @@ def test_text_is_cut_to_whole_blocks(tmp_path: Path) -> None:
     ids = quality_ids(CONTRACT, tokenizer, text, None)
     assert ids.shape == (12,)
     text.write_text("a stone falls")
-    with pytest.raises(InvalidInputError, match="has 3 tokens, expected at least 8"):
+    with pytest.raises(InvalidInputError, match=r"/text\.txt, has 3 tokens, expected at least 8 .*--quality-text"):
         quality_ids(CONTRACT, tokenizer, text, None)
+
+
+def test_a_text_that_is_too_short_is_refused_before_what_takes_long(
+    checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def traced(*_: Any) -> None:
+        raise AssertionError("it was traced first")
+
+    monkeypatch.setattr("famexport.export.pipeline._trace", traced)
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("")
+    with pytest.raises(InvalidInputError, match=r"/text\.txt, has 0 tokens"):
+        fx.export_bundle(checkpoints("text"), out, precision="int8", quality_text=text)
+    with pytest.raises(UsageError, match="cannot be used: the checkpoint has no tokenizer"):
+        fx.export_bundle(checkpoints("plain"), out, precision="int8", quality_text=text)
+    assert not out.exists()
 
 
 def test_what_cannot_be_measured_says_why() -> None:

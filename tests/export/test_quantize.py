@@ -101,6 +101,16 @@ def test_quantisers_lose_what_their_steps_say() -> None:
     assert (error <= np.abs(scales[..., None]) * 1.01 + 1e-6).all()
 
 
+def test_a_row_of_zeros_is_zeros() -> None:
+    """That of a word which is in no text. Without a scale it would be 0 / 0, rounded to anything."""
+    weight = np.random.default_rng(0).standard_normal((70, 64)).astype(np.float32)
+    weight[3] = 0
+    with np.errstate(all="raise"):
+        rounded, scale = quantize_module._int8(weight)
+    assert (scale > 0).all()
+    assert not rounded[:, 3].any()
+
+
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 0.2), ("int4", 0.9)])
 def test_closed_loop_stays_near_float32(made: Any, precision: str, limit: float) -> None:
     ids = _ids(CONFIG, 12)

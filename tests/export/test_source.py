@@ -268,6 +268,11 @@ def test_weights_of_an_own_module_lie_outside_and_small_ones_inside(tmp_path: Pa
     assert max(*bundle.manifest.parity["logits_error"], *bundle.manifest.parity["state_error"]) < 1e-5
 
 
+def test_only_with_fam_a_bundle_says_whether_it_was_trained(exported: Callable[[str], Export]) -> None:
+    trained = {name: exported(name).bundle.manifest.fam_trained for name in ("base", "no_fam")}
+    assert trained == {"base": False, "no_fam": None}
+
+
 def test_a_fam_model_is_a_module_too(exported: Callable[[str], Export], tmp_path: Path) -> None:
     """As it is trained, without a checkpoint in between: the same graph and weights as from one."""
     base = exported("base")

@@ -88,6 +88,7 @@ def test_errors_are_one_line(says: Says, place: Path, nvcc: Nvcc) -> None:
     nvcc(FAILS)
     more, failed = says("kernels", "--json", code=1)
     assert "nvcc cannot compile the kernels (exit code 2): attention.h(1): error: line 1 attention.h(2)" in failed
+    place.mkdir()
     place.chmod(0o777)
     less, unsafe = says("kernels", code=4)
     assert "others may write" in unsafe
@@ -119,10 +120,10 @@ def row(says: Says) -> tuple[bool, str, str | None]:
 
 
 def test_doctor_says_whether_kernels_are_built(says: Says, place: Path, nvcc: Nvcc, gpu: None) -> None:
-    assert row(says) == (True, "onnxruntime 1.31.1, slower without its kernels", COMMAND)
+    assert row(says) == (True, "onnxruntime 1.31.1; kernels not built, slower without", COMMAND)
     nvcc(MAKES)
     says(*COMMAND.split()[1:])
-    assert row(says) == (True, "onnxruntime 1.31.1, kernels built", None)
+    assert row(says) == (True, "onnxruntime 1.31.1; kernels built", None)
 
 
 def test_doctor_names_kernels_of_another_version(
@@ -153,6 +154,11 @@ def test_doctor_says_that_a_library_is_not_trusted(says: Says, place: Path, nvcc
     assert {"changed": "is not what was built", "open": "others may write"}.get(harm, "does not say what") in detail
 
 
-def test_doctor_without_a_gpu_does_not_ask_for_kernels(says: Says, place: Path) -> None:
-    found = json.loads(says("doctor", "--json")[0])
-    assert COMMAND not in [backend["add"] for backend in found["backends"]]
+def test_doctor_says_it_where_ort_cuda_does_not_work_and_asks_for_none(says: Says, place: Path, nvcc: Nvcc) -> None:
+    """They can be compiled on a machine that has no GPU (``--arch``)."""
+    works, detail, add = row(says)
+    assert (works, add) == (False, "pip install 'famexport[gpu]'")
+    assert detail.endswith(" has no CUDA provider; kernels not built, slower without")
+    nvcc(MAKES)
+    says("kernels", "--arch", "sm_87")
+    assert row(says)[1].endswith(" has no CUDA provider; kernels built")

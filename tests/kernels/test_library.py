@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from famexport.errors import FamExportError, IncompatibleError, UntrustedError
 from famexport.kernels import build as builder
 from famexport.kernels.build import COMMAND, LIBRARY, RECORD, build, file_hash, source_hash
 from famexport.kernels.library import FOLDER, find, folder
-from tests.kernels.fake_nvcc import FAILS, MAKES, RELEASE, SEES_NO_GPU, script
+from tests.kernels.fake_nvcc import FAILS, MAKES, RELEASE, SEES_NO_GPU, SEES_NO_GPU_LATE, script
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_a_failed_compile_with_another_compiler(out: Path, tmp_path: Path, monke
     monkeypatch.setenv("CXX", str(script(tmp_path / "bin", FAILS, "c++")))
     with pytest.raises(FamExportError, match=r"c\+\+ cannot compile the kernels \(exit code 2\):\nattention.h\(1\)"):
         build(out, cuda=False)
-    assert contents(out) == {}
+    assert not out.parent.exists()
     assert find() is None
 
 
@@ -112,7 +113,11 @@ def test_compilers_that_are_none(out: Path, nvcc: Callable[[str], Path], text: s
     nvcc(text)
     with pytest.raises(FamExportError, match=says):
         build(out)
-    assert contents(out) == {}
+    assert not out.parent.exists()  # nor the folders on the way to it
+    out.mkdir(parents=True)
+    with pytest.raises(FamExportError, match=says):
+        build(out)
+    assert contents(out) == {}  # what was there stays
 
 
 def test_without_a_compiler(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +251,7 @@ def test_half_a_build(built: Path, lacking: str) -> None:
     with pytest.raises(UntrustedError, match=f"does not say what {LIBRARY} is.*No such file.*{COMMAND}"):
         find()
     (built / lacking).mkdir()
-    with pytest.raises(UntrustedError, match="Is a directory"):
+    with pytest.raises(UntrustedError, match=f"no regular file; remove it, and build them again with: {COMMAND}"):
         find()
 
 
@@ -290,6 +295,20 @@ def test_what_others_may_write(built: Path, name: str, mode: int) -> None:
     assert find() == built / LIBRARY
 
 
+@pytest.mark.parametrize("name", [LIBRARY, RECORD])
+def test_a_fifo_is_not_waited_for(built: Path, name: str) -> None:
+    (built / name).unlink()
+    os.mkfifo(built / name, 0o644)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(10)
+    try:
+        with pytest.raises(UntrustedError, match=f"{name} is no regular file; .*{COMMAND}"):
+            find()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_what_is_somebody_elses(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
     if (built / LIBRARY).stat().st_uid == 0:
@@ -306,11 +325,12 @@ def test_a_relative_folder_names_no_library_that_is_searched_for(built: Path, mo
     assert found.is_absolute()
 
 
-def test_native_needs_a_gpu(out: Path, nvcc: Callable[[str], Path]) -> None:
-    nvcc(SEES_NO_GPU)
+@pytest.mark.parametrize("text", [SEES_NO_GPU, SEES_NO_GPU_LATE], ids=["before it compiles", "after"])
+def test_native_needs_a_gpu(out: Path, nvcc: Callable[[str], Path], text: str) -> None:
+    nvcc(text)
     with pytest.raises(IncompatibleError, match="sees no GPU here .*--arch sm_90"):
         build(out)
-    assert contents(out) == {}
+    assert not out.parent.exists()
 
 
 def test_a_folder_that_cannot_be_looked_into(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from samples import gpu_report
 
@@ -64,7 +65,7 @@ def test_block_mode_alone_exports_block_step_alone(tmp_path: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu_report, "export_bundle", stop)
-    words = ["--shape", "tiny", "--out", str(tmp_path)]
+    words = ["--shape", "tiny", "--device", "cpu", "--out", str(tmp_path)]
     for more in (["--mode", "block"], ["--mode", "block", "--graphs", "all", "--parity-blocks", "2"], []):
         with pytest.raises(KeyboardInterrupt):
             gpu_report.main([*words, *more])
@@ -76,3 +77,14 @@ def test_block_mode_alone_exports_block_step_alone(tmp_path: Path, monkeypatch: 
     with pytest.raises(SystemExit):
         gpu_report.main([*words, "--graphs", "block"])
     assert len(exported) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_report, "init_checkpoint", lambda *_, **__: pytest.fail("it has begun"))
+    with pytest.raises(SystemExit) as done:
+        gpu_report.main(["--shape", "edge", "--out", str(tmp_path / "out")])
+    assert done.value.code == 2
+    assert "torch sees no GPU here; --device cpu" in capsys.readouterr().err
