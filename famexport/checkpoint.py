@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from famexport.config import FamConfig
-from famexport.errors import CheckpointError, ConfigError, FamExportError, InvalidInputError, UsageError, raise_problems
+from famexport.errors import (
+    CheckpointError,
+    ConfigError,
+    FamExportError,
+    InvalidInputError,
+    UsageError,
+    first_line,
+    raise_problems,
+)
 from famexport.hf_config import config_from_hf, config_to_hf, family_problem
 from famexport.publish import staged_directory
 from famexport.tensorfile import TensorEntry, read_header, write_tensors
@@ -173,7 +181,7 @@ def parameter_shapes(config: FamConfig) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             return {name: tuple(p.shape) for name, p in FamModel(config).named_parameters()}
     except (RuntimeError, OverflowError, TypeError) as exc:  # sizes whose product is beyond 64 bits
-        raise ConfigError(f"the model's sizes are too large: {str(exc).splitlines()[0]:.200}") from exc
+        raise ConfigError(f"the model's sizes are too large: {first_line(exc, 200)}") from exc
 
 
 def check_tensors(config: FamConfig, tensors: Mapping[str, TensorEntry], subject: str, optional: str = "") -> None:
@@ -210,7 +218,7 @@ def write_checkpoint(
         load: gives one weight, of any float dtype.
         extra: further files, such as ``tokenizer.json``.
     Raises:
-        ConfigError: the configuration does not fit its ``model_type``.
+        CheckpointError: the configuration does not fit its ``model_type``.
     """
     import torch
 

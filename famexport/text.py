@@ -267,7 +267,7 @@ def _read_npy(path: Path) -> Iterator[np.ndarray]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         shape, dtype, offset = array.shape, array.dtype, array.offset
     except Exception as exc:  # numpy raises whatever the damaged header runs into
-        raise InvalidInputError(f"{path} is not a .npy array of token ids: {exc!s:.200}") from exc
+        raise InvalidInputError(f"{path} is not a .npy array of token ids; write one with numpy.save") from exc
     if len(shape) != 1 or dtype.kind not in "iu":
         raise InvalidInputError(f"{path} holds {dtype} {list(shape)}; expected token ids, one axis of integers")
     with open(path, "rb") as file:  # read, not mapped: pages of a mapping would count as ours and grow

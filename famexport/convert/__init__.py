@@ -6,15 +6,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from famexport.convert.common import (
-    DEFAULT_BLOCK_SIZE,
-    DEFAULT_FAM_LENGTH,
-    DEFAULT_MEMORY_SEGMENTS,
-    Options,
-)
+from famexport.convert.common import Options
 from famexport.errors import UsageError
 
-__all__ = ["DEFAULT_BLOCK_SIZE", "DEFAULT_FAM_LENGTH", "DEFAULT_MEMORY_SEGMENTS", "convert"]
+__all__ = ["convert"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 

@@ -32,7 +32,7 @@ def parse_network(trt: Any, builder: Any, logger: Any, graph: Path) -> Any:
 
 
 def _parser_error(error: Any) -> str:
-    first = error.desc().strip().splitlines()[0]
+    first = (error.desc().strip() or "no reason given").splitlines()[0]
     return f"{first:.300} (node {error.node_name() or error.node()}, {error.node_operator()})"
 
 
@@ -88,7 +88,7 @@ def _layers(network: Any) -> list[Any]:
     return [network.get_layer(i) for i in range(network.num_layers)]
 
 
-def build_failure(what: str, errors: list[str], attention: str | None) -> FamExportError:
+def build_failure(what: str, errors: list[str]) -> FamExportError:
     """The error for a build that gave no engine, from what the builder logged."""
     text = " ".join(errors) or "the builder gave no reason"
     low = text.lower()

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from famexport.contract import DYNAMIC, GraphIO
-from famexport.errors import ContractError, FamExportError, UsageError, raise_problems
+from famexport.errors import ContractError, FamExportError, UsageError, first_line, raise_problems
 from famexport.export.translations import primitive_translations
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _reason(exc: BaseException) -> str:
     """The first line of the exception at the root."""
     while exc.__cause__ is not None:
         exc = exc.__cause__
-    return f"{type(exc).__name__}: {(str(exc).strip() or 'no message').splitlines()[0]:.300}"
+    return f"{type(exc).__name__}: {first_line(exc, 300)}"
 
 
 @contextlib.contextmanager

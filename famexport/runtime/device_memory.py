@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -92,10 +93,10 @@ class DeviceMemory:
             stored = self._stored[spec.name]
             sizes |= dict.fromkeys((*stored.names, stored.new), stored.row_bytes * self._batch)
         spans = sorted((a, sizes[n], n) for n, a in self.addresses(key).items() if n not in shared)
-        for i, (start, size, name) in enumerate(spans[:-1]):
-            after, _, other = spans[i + 1]
-            if start % ALIGNMENT or start + size > after:
-                raise FamExportError(f"internal: {name} and {other} of {key[0]} overlap, or are not aligned")
+        crooked = [name for start, _, name in spans if start % ALIGNMENT]
+        crooked += [a for (start, size, a), (after, *_) in pairwise(spans) if start + size > after]
+        if crooked:
+            raise FamExportError(f"internal: buffers of {key[0]} overlap, or are not aligned: {', '.join(crooked)}")
 
     def checked_states(self, key: Key) -> list[tuple[int, Stored]]:
         """New states that may hold NaN, and their addresses."""

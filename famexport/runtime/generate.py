@@ -68,18 +68,27 @@ class Sampler:
         return int(order[self._rng.choice(len(order), p=weights)])
 
 
+def check_generates(contract: StepContract) -> None:
+    """Whether tokens can be generated with a bundle of that contract, before anything is fed.
+
+    Raises:
+        UsageError: why not.
+    """
+    if contract.inputs[0].name != "tokens":
+        raise UsageError(f"this bundle takes {contract.inputs[0]}, not tokens; it cannot generate")
+    if contract.logits == "last" and not contract.chunks:
+        raise UsageError("this bundle gives logits at block ends only; export with --graphs all, or --logits all")
+
+
 def generate(
     stream: Feedable, prompt: object, max_new_tokens: int, sampler: Sampler, stop: Collection[int]
 ) -> Generator[int, None, int | None]:
     """See ``TokenStream.generate``. What can be checked is checked now, not when the first token is asked for."""
-    if stream.contract.inputs[0].name != "tokens":
-        raise UsageError(f"this bundle takes {stream.contract.inputs[0]}, not tokens; it cannot generate")
+    check_generates(stream.contract)
     if stream.batch != 1:
         raise UsageError(f"generate runs one row, this stream has {stream.batch}; use session.pool() for several")
     if max_new_tokens < 0:
         raise UsageError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
-    if stream.contract.logits == "last" and not stream.contract.chunks:
-        raise UsageError("this bundle gives logits at block ends only; export with --graphs all, or --logits all")
     try:
         ids = np.asarray(prompt)
     except ValueError as exc:

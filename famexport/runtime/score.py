@@ -22,8 +22,8 @@ _ROWS = 16  # of logits whose exponentials are in memory at once
 @dataclass
 class RunReport:
     """Figures of one run. ``loss`` is in nats per token, over every token but the first; latency is per whole block.
-    ``rss_bytes``: ``first``, after the first block; ``settled``, after ``SETTLED``, where there are so many; ``last``;
-    ``max``."""
+    ``rss_bytes``: ``first``, after the first block, or the input where that is shorter or nothing; ``settled``, after
+    ``SETTLED``, where there are so many; ``last``; ``max``."""
 
     backend: str
     precision: str
@@ -106,17 +106,23 @@ def run_tokens(
                 scorer.add(block, logits)
                 report.loss = scorer.loss
             report.tokens_per_s = report.tokens / (time.perf_counter() - started)
-            memory, now = report.rss_bytes, rss_bytes()
-            memory.setdefault("first", now)
-            if report.blocks == SETTLED:
-                memory.setdefault("settled", now)
-            memory["last"], memory["max"] = now, max(memory.get("max", 0), now)
+            _note_memory(report)
             if progress:
                 progress(report)
         if not (report.tokens or running.blocks or running.held):
             raise InvalidInputError("the input is empty; expected at least one token")
+    if not report.rss_bytes:  # nothing new for a stream to go on with
+        _note_memory(report)
     report.latency_ms = {name: value * 1e3 for name, value in percentiles(seconds).items()}
     return report
+
+
+def _note_memory(report: RunReport) -> None:
+    memory, now = report.rss_bytes, rss_bytes()
+    memory.setdefault("first", now)
+    if report.blocks == SETTLED:
+        memory.setdefault("settled", now)
+    memory["last"], memory["max"] = now, max(memory.get("max", 0), now)
 
 
 def _timed_blocks(stream: Stream, ids: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, float | None]]:

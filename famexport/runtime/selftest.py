@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from famexport.bundle import open_bundle
+from famexport.bundle import Bundle, open_bundle
 from famexport.errors import BundleError
 from famexport.runtime.chunks import advance_by_chunks
 from famexport.runtime.golden import replay
@@ -26,7 +26,7 @@ def verify(
     Returns:
         what was checked and measured, as plain values.
     Raises:
-        BundleError: damaged, or without a golden rollout.
+        BundleError: damaged, without a golden rollout, or without what it takes to replay one.
         ParityError: this device computes something else than the recording says.
         IncompatibleError, MissingDependencyError: the backend cannot run it here.
     """
@@ -34,10 +34,11 @@ def verify(
     manifest = bundle.manifest
     if manifest.golden is None:
         raise BundleError(f"{path} has no golden rollout; export it again with this version of famexport")
-    batch = int(manifest.parity["batch"]) if bundle.contract.batch == "dynamic" else None
+    batch = _recorded_rows(bundle) if bundle.contract.batch == "dynamic" else None
+    tolerance = stated_number(bundle, "parity", "tolerance")
     with load(bundle, backend) as session:
         loop = session.backend.open(batch)
-        recorded, tolerance = bundle.read(manifest.golden), float(manifest.parity["tolerance"])
+        recorded = bundle.read(manifest.golden)
         result = replay(recorded, loop, tolerance)
         more = {}
         if bundle.contract.chunks:
@@ -58,6 +59,34 @@ def verify(
         "tolerance": result.tolerance,
         **more,
     }
+
+
+def stated_number(bundle: Bundle, part: str, key: str, missing: float | None = None) -> float:
+    """A number of at least 0 out of ``parity`` or ``cost``, which are not looked into where a manifest is read.
+
+    Args:
+        missing: what to return where there is none; None where there must be one.
+    Raises:
+        BundleError: it is something else.
+    """
+    value = getattr(bundle.manifest, part).get(key, missing)
+    if type(value) not in (int, float) or not value >= 0:
+        raise BundleError(
+            f"{bundle.path}: {part}.{key} of its manifest is {value!r:.80}, expected a number of at least 0; "
+            "export it again"
+        )
+    return float(value)
+
+
+def _recorded_rows(bundle: Bundle) -> int:
+    """The batch that a golden rollout was recorded with: of float32 logits, so its file has room for only so many."""
+    rows, size = stated_number(bundle, "parity", "batch"), bundle.manifest.files[str(bundle.manifest.golden)].bytes
+    if rows < 1 or not rows.is_integer() or rows * bundle.contract.vocab_size * 4 > size:
+        raise BundleError(
+            f"{bundle.path}: parity.batch of its manifest is {rows:g}, expected the rows of its golden rollout of "
+            f"{size} bytes; export it again"
+        )
+    return int(rows)
 
 
 def report_line(facts: Mapping[str, Any]) -> str:

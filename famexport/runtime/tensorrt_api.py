@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from famexport.errors import IncompatibleError, MissingDependencyError
+from famexport.errors import IncompatibleError, MissingDependencyError, first_line
 
 MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
 # TensorRT's names of dtypes, by the contract's
@@ -39,7 +39,7 @@ def import_tensorrt(engine: str) -> Any:
     except ModuleNotFoundError as exc:
         raise MissingDependencyError(name.replace("_", "-"), extra, f"the engine {engine}") from exc
     except (ImportError, OSError, RuntimeError) as exc:
-        raise IncompatibleError(f"{name} is installed and does not load: {str(exc).splitlines()[0]:.300}") from exc
+        raise IncompatibleError(f"{name} is installed and does not load: {first_line(exc, 300)}") from exc
 
 
 def new_logger(trt: Any) -> Any:

@@ -45,7 +45,6 @@ class TorchLoop(Loop):
         self._specs = {spec.name: spec for spec in self.contract.all_states}
         self._state = {spec.name: self._zeros(spec.sized(batch), spec.dtype) for spec in self.contract.all_states}
         self._new: dict[str, Any] = {}
-        self._logits: Any = None
         self._buffers: dict[tuple[str, tuple[int, ...]], tuple[np.ndarray, Any, Any]] = {}  # host, the same, device
         self._given: dict[tuple[int, ...], Any] = {}  # pinned logits
         self._finite = self._torch.ones((), dtype=self._torch.bool, pin_memory=self._on_gpu)

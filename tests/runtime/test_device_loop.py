@@ -238,7 +238,7 @@ def test_buffers_that_lie_in_each_other_are_refused(sessions: Sessions, where: s
     wrong = {"together": 0, "in each other": ALIGNMENT, "not aligned": 8}[where]
     at = {"together": "tokens", "in each other": "present_key_00", "not aligned": "tokens"}[where]
     loop._memory._known[first] = {**good, ("tokens" if where == "not aligned" else "past_fam_00"): good[at] + wrong}
-    with pytest.raises(FamExportError, match="of block_step overlap, or are not aligned"):
+    with pytest.raises(FamExportError, match="of block_step overlap, or are not aligned: "):
         loop.warm_up()
     loop._memory._known[first] = good
     loop.warm_up()
@@ -247,10 +247,12 @@ def test_buffers_that_lie_in_each_other_are_refused(sessions: Sessions, where: s
 
 def test_a_loop_that_another_thread_closed_touches_nothing(sessions: Sessions, kind: dict[str, bool]) -> None:
     """Its memory may be somebody else's by then."""
-    session = sessions("all_rows")
-    loop, contract = over(session, **kind)._open(None), session.contract
+    opened = over(sessions("all_rows"), **kind)
+    loop, contract, cuda = opened._open(None), opened.contract, opened.backend.cuda
     fed, out = random_input(contract, 8, 3), np.empty((3, 8, contract.vocab_size), np.float32)
     loop.advance(fed, out)
+    _freed = list(cuda.live.values())  # held, or a loop that is wrong would crash here
+    calls_before = len(cuda.calls)
     with ThreadPoolExecutor(1) as threads:
         threads.submit(loop.close).result()
     state = {s.name: np.zeros(s.shape, STORAGE[s.dtype]) for s in contract.all_states}
@@ -270,6 +272,8 @@ def test_a_loop_that_another_thread_closed_touches_nothing(sessions: Sessions, k
     for call in calls:
         with pytest.raises(UsageError, match="the stream was closed meanwhile; open another"):
             call()
+    assert len(cuda.calls) == calls_before
+    assert not cuda.live
     loop.close()
 
 

@@ -15,7 +15,7 @@ from streaming import same_state
 import famexport as fx
 from famexport.errors import ContractError, UsageError
 from famexport.export.source import float32_model
-from famexport.runtime.generate import Sampler
+from famexport.runtime.generate import Sampler, check_generates
 
 Sessions = Callable[..., Any]
 
@@ -161,7 +161,13 @@ def test_what_cannot_generate(sessions: Sessions) -> None:
             stream.generate([96], 3)
     with pytest.raises(UsageError, match=r"this stream has 3; use session\.pool\(\) for several"):
         sessions("all_rows").stream().generate([1], 3)
-    with pytest.raises(UsageError, match="takes inputs_embeds"):
-        sessions("all_embeds").stream().generate([1], 3)
-    with pytest.raises(UsageError, match="logits at block ends only; export with --graphs all"):
-        sessions("last").stream().generate([1], 3)
+    for name, says in (
+        ("all_embeds", "takes inputs_embeds"),
+        ("last", "logits at block ends only; export with --graphs all"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            sessions(name).stream().generate([1], 3)
+        with pytest.raises(UsageError, match=says):
+            check_generates(sessions(name).contract)
+    for name in ("all", "all_last", "all_rows", "plain"):
+        check_generates(sessions(name).contract)

@@ -74,9 +74,8 @@ def test_reset_is_a_fresh_stream(sessions: Sessions, name: str, place: str) -> N
         assert same_state(stream, fresh)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("policy", ["raise", "skip", "reset"])
-def test_rows_part_at_a_block_boundary(sessions: Sessions, name: str, policy: str) -> None:
+def test_rows_part_at_a_block_boundary(sessions: Sessions, policy: str) -> None:
     session = sessions("all_embeds")
     fed, bad = random_input(session.contract, 32, 3, seed=3), random_input(session.contract, 8, 3, seed=4)
     bad[1, 2, 3] = np.nan

@@ -147,6 +147,19 @@ def test_last_logits_have_no_loss(sessions: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("ids", [[], [np.zeros(0, np.int64)]])
+def test_no_new_tokens_for_a_stream_that_goes_on(sessions: Callable[..., Any], ids: list[np.ndarray]) -> None:
+    session = sessions("plain")
+    with session.stream() as stream:
+        list(stream.feed([np.arange(11)]))
+        report = run_tokens(session, ids, stream=stream)
+        assert stream.held == 3
+    assert (report.tokens, report.blocks, report.loss, report.tokens_per_s) == (0, 0, None, 0)
+    memory = report.rss_bytes
+    assert set(memory) == {"first", "last", "max"}
+    assert memory["first"] == memory["last"] == memory["max"] > 2**20
+
+
+@pytest.mark.parametrize("ids", [[], [np.zeros(0, np.int64)]])
 def test_no_tokens(sessions: Callable[..., Any], ids: list[np.ndarray]) -> None:
     with pytest.raises(InvalidInputError, match="the input is empty; expected at least one token"):
         run_tokens(sessions("plain"), ids)
