@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +12,9 @@ from famexport.bundle import engine_bytes, open_bundle
 from famexport.contract import METADATA_KEY
 from famexport.engines import read_entries
 from famexport.errors import BundleError, InvalidInputError, MissingDependencyError, UsageError
-from famexport.manifest import MANIFEST
+from famexport.manifest import ENGINES, MANIFEST
 from famexport.onnx_wire import graph_facts
+from famexport.runtime.session import precision_problem
 from famexport.runtime.trust import is_trusted
 from famexport.tensorfile import read_header
 
@@ -35,6 +37,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         if (path / "config.json").exists():
             return _checkpoint(path)
         raise InvalidInputError(f"{path} holds neither {MANIFEST} (a bundle) nor config.json (a checkpoint)")
+    if not path.is_file():  # opening a FIFO would wait for ever
+        raise InvalidInputError(f"{path} is no regular file; give a file, or the directory of a bundle or checkpoint")
     if path.suffix == ".onnx":
         return _graph(path)
     if path.suffix == ".safetensors":
@@ -49,9 +53,9 @@ def _bundle(path: Path) -> dict[str, Any]:
     m, contract = bundle.manifest, bundle.contract
     runnable = {"ort-cpu": find_spec("onnxruntime") is not None}
     runnable["torch"] = m.config is not None and find_spec("torch") is not None
-    parity = m.parity
-    cut = parity.get("cut", {})  # where not all layers were compared over many blocks
-    append = parity.get("append") or cut.get("append") or {}
+    parity = m.parity  # not looked into by whoever reads a manifest: anything may be in it
+    cut = _object(parity.get("cut"))  # where not all layers were compared over many blocks
+    append = _object(parity.get("append")) or _object(cut.get("append"))
     return {
         "kind": "bundle",
         "id": bundle.id,
@@ -78,19 +82,36 @@ def _bundle(path: Path) -> dict[str, Any]:
         },
         "parity": {
             "blocks": parity.get("blocks"),
-            "logits_error": max(parity.get("logits_error") or [0.0]),
-            "state_error": max(parity.get("state_error") or [0.0]),
-            "append_error": max(append.get("logits_error") or [0.0]) if contract.chunks else None,
+            "logits_error": _largest(parity.get("logits_error")),
+            "state_error": _largest(parity.get("state_error")),
+            "append_error": _largest(append.get("logits_error")) if contract.chunks else None,
             "cut_layers": cut.get("layers"),
             "cut_blocks": cut.get("blocks"),
-            "cut_error": max([*cut.get("logits_error", ()), *cut.get("state_error", ())], default=None),
+            "cut_error": _largest(cut.get("logits_error"), cut.get("state_error")),
             "tolerance": parity.get("tolerance"),
             "argmax_agreement": parity.get("argmax_agreement"),
             "fam_growth": parity.get("fam_growth"),
         },
         "versions": m.versions,
-        "runs_here": [name for name, here in runnable.items() if here],
+        "runs_here": [name for name, here in runnable.items() if here and not precision_problem(m.precision, name)],
     }
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _largest(*curves: Any) -> float | None:
+    """The largest value of curves of errors; None where that is not known."""
+    try:
+        return max(float(value) for curve in curves for value in curve or ())
+    except (TypeError, ValueError):  # also where there is no value
+        return None
+
+
+def layer_counts(counts: Any) -> str:
+    """How many layers of one kind have which dtype, as an engine's entry says it; "-" where it says something else."""
+    return ", ".join(f"{n} {dtype}" for dtype, n in _object(counts).items()) or "-"
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
@@ -124,7 +145,7 @@ def _graph(path: Path) -> dict[str, Any]:
         "kind": "graph",
         "opset": facts.opset,
         "ir_version": facts.ir_version,
-        "operators": sorted(facts.op_types),
+        "operators": sorted(kind for _, kind in facts.operators),
         "external_files": sorted({e.location for e in facts.external}),
         "step_contract": METADATA_KEY in facts.metadata,
         "metadata": {key: value for key, value in facts.metadata.items() if key != METADATA_KEY},
@@ -133,9 +154,14 @@ def _graph(path: Path) -> dict[str, Any]:
 
 def _engine(path: Path) -> dict[str, Any]:
     """An engine by what its bundle's manifest says of it: a plan says nothing that could be read without running it."""
-    folder = path.absolute().parents[2]
+    place = Path(os.path.abspath(path)).parent
+    if place.parent.name != ENGINES:
+        raise InvalidInputError(
+            f"{path} is in no bundle; expected BUNDLE/{ENGINES}/TARGET/{path.name}, where it was built"
+        )
+    folder = place.parent.parent
     bundle = open_bundle(folder, verify=False)
-    name = f"{path.absolute().parent.name}/{path.name}"
+    name = f"{place.name}/{path.name}"
     entry = next((e for e in read_entries(bundle.manifest.engines) if e.name == name), None)
     if entry is None:
         raise InvalidInputError(f"{path} is no engine that the manifest of {folder} names; build it again")
@@ -151,7 +177,7 @@ def _engine(path: Path) -> dict[str, Any]:
         "attention": entry.attention,
         "types_read_from": entry.checked,
         "inputs_and_outputs": entry.io,
-        "layers": {kind: ", ".join(f"{n} {d}" for d, n in counts.items()) for kind, counts in entry.layers.items()},
+        "layers": {kind: layer_counts(counts) for kind, counts in entry.layers.items()},
         "options": {key: value for key, value in entry.options.items() if value not in (None, False, "none")},
         "bytes": entry.bytes,
     }

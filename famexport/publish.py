@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from famexport.errors import FamExportError, UsageError
+from famexport.runtime.interrupts import uninterrupted
 
 _NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100
 # EPERM as well: sandboxes answer unknown system calls with it, and where it is genuine the plain rename says so too.
@@ -32,6 +33,7 @@ _NO_RENAMEAT2 = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 _OTHER_WRITER = {errno.EAGAIN, errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY}
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _ATTEMPTS = 500
+_LINKS = 40  # in a row, as Linux has it
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -55,26 +57,43 @@ def staged_directory(target: Path, is_ours: Callable[[Path], bool], what: str) -
         _make_parent(target, what)
         _clean_litter(target)
         _check_target(target, is_ours, what)
-        staged, lock = _claim(target, _make_directory)
+    claimed: tuple[Path, int] | None = None
     try:
+        with _mapped(target, what), uninterrupted():  # else Ctrl-C could leave a directory that nobody knows of
+            claimed = staged, _ = _claim(target, _make_directory)
         with _mapped(target, what, only=_DISK):
             yield staged
         with _mapped(target, what):
             _fsync_tree(staged, what)
             _publish(staged, target, is_ours, what)
     finally:
-        # Before publishing this path is the unfinished work, after an exchange it is the old directory: both must go.
-        os.close(lock)  # first: the lock is on what is published now, and the next writer may wait for it
-        shutil.rmtree(staged, ignore_errors=True)
+        with uninterrupted():
+            # Before publishing it is the unfinished work, after an exchange it is the old directory: both must go.
+            if claimed is not None:
+                staged, lock = claimed
+                os.close(lock)  # first: the lock is on what is published now, and the next writer may wait for it
+                shutil.rmtree(staged, ignore_errors=True)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Write ``data`` as the whole content of the file ``path``: it is there as before or as given, never in part.
 
+    For files in folders of ours: a symbolic link there is replaced, never written through. For a path that someone
+    typed, ``write_output``.
+
     Raises:
-        UsageError: the path is a directory.
+        UsageError: the path is a directory or a special file.
         FamExportError: the disk is full or refuses.
     """
+    path = _absolute(path, "file")
+    with _mapped(path, "file"):
+        _refuse_special(path, stat.S_IFDIR if os.path.isdir(path) else _mode(path))  # a link to a directory, too
+    with _staged(path) as write:
+        write(data)
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write ``data`` to where a user said, as ``staged_file`` does."""
     with staged_file(path) as write:
         write(data)
 
@@ -83,32 +102,143 @@ def atomic_write(path: Path, data: bytes) -> None:
 def staged_file(path: Path) -> Iterator[Callable[[bytes], None]]:
     """Give a function that appends bytes to a file; the file appears as ``path`` when the block ends without an error.
 
-    Raises: as ``atomic_write``.
+    ``path`` is what a user named. Through a symbolic link the file that it names is replaced, and the link stays. What
+    cannot be replaced gets the bytes as they come, with no promise: a FIFO, a character device such as ``/dev/null``,
+    and what this process has open, which is what ``/dev/stdout`` and the ``/dev/fd/63`` of ``>(command)`` name.
+
+    Raises:
+        UsageError: the path is a directory, a socket or a disk, or someone else's trap (``_check_owner``).
+        FamExportError: the disk is full or refuses.
     """
     path = _absolute(path, "file")
     with _mapped(path, "file"):
-        if os.path.isdir(path):
-            raise UsageError(f"{path} is a directory, expected a file name; add one")
+        target = _followed(path)
+        opened = _open_special(target)
+    if opened is None:
+        with _staged(target) as write:
+            yield write
+        return
+    try:
+        yield _writer(opened, path)
+    finally:
+        os.close(opened)
+
+
+def check_output(path: Path) -> None:
+    """Raise now what ``staged_file`` would, for what is written after hours of work. Nothing is left behind."""
+    path = _absolute(path, "file")
+    with _mapped(path, "file"):
+        target = _followed(path)
+        if (number := _descriptor(target)) is not None:
+            os.fstat(number)
+        elif _is_written_to(_mode(target)):
+            if not os.access(target, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        else:
+            _refuse_special(target, _mode(target))
+            folder = next(parent for parent in target.parents if os.path.lexists(parent))
+            if not folder.is_dir():
+                raise UsageError(f"cannot write the file to {path}: a file is in the way at {folder}")
+            with uninterrupted():
+                staged, lock = _claim(folder / target.name, _make_file)
+                os.unlink(staged)
+                os.close(lock)
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Callable[[bytes], None]]:
+    with _mapped(path, "file"):
         _make_parent(path, "file")
         _clean_litter(path)
-        staged, lock = _claim(path, _make_file)
-
-    def write(data: bytes) -> None:
-        with _mapped(path, "file"):
-            view = memoryview(data)
-            while view:
-                view = view[os.write(lock, view) :]
-
+    claimed: tuple[Path, int] | None = None
     try:
-        yield write
+        with _mapped(path, "file"), uninterrupted():
+            claimed = staged, lock = _claim(path, _make_file)
+        yield _writer(lock, path)
         with _mapped(path, "file"):
             os.fsync(lock)
             os.replace(staged, path)
             _fsync(path.parent)
     finally:
-        with suppress(FileNotFoundError):
-            os.unlink(staged)
-        os.close(lock)
+        with uninterrupted():
+            if claimed is not None:
+                staged, lock = claimed
+                with suppress(FileNotFoundError):
+                    os.unlink(staged)
+                os.close(lock)
+
+
+def _writer(descriptor: int, path: Path) -> Callable[[bytes], None]:
+    def write(data: bytes) -> None:
+        with _mapped(path, "file"):
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+
+    return write
+
+
+def _mode(path: Path) -> int:
+    """Of ``path`` itself, not of what a link names; 0 where there is nothing."""
+    try:
+        return os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def _is_written_to(mode: int) -> bool:
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+def _refuse_special(path: Path, mode: int) -> None:
+    """Raise UsageError unless a file may be put at ``path``, where something of that mode is."""
+    if stat.S_ISDIR(mode):
+        raise UsageError(f"{path} is a directory, expected a file name; add one")
+    kinds = {stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a disk", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device"}
+    if (kind := stat.S_IFMT(mode)) in kinds:
+        raise UsageError(f"{path} is {kinds[kind]}, expected a regular file or nothing there; give another path")
+
+
+def _followed(path: Path) -> Path:
+    """``path``, or what it names through symbolic links; those of this process's open files are left to be taken."""
+    for _ in range(_LINKS):
+        if _descriptor(path) is not None:
+            return path
+        mode = _mode(path)
+        if stat.S_ISLNK(mode) or _is_written_to(mode):
+            _check_owner(path)
+        if not stat.S_ISLNK(mode):
+            return path
+        path = path.parent / os.readlink(path)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def _check_owner(path: Path) -> None:
+    """In a folder where all may write, refuse the link or FIFO of a stranger, who would choose where the bytes go. It
+    is what Linux does for ``open`` (fs.protected_symlinks and fs.protected_fifos), which is not asked here."""
+    info, folder = os.lstat(path), os.stat(path.parent)
+    if folder.st_mode & stat.S_IWOTH and info.st_uid not in (os.geteuid(), folder.st_uid):
+        raise UsageError(
+            f"{path} is a link or special file that user {info.st_uid} put into a folder where all may write; "
+            "give another path, or remove it"
+        )
+
+
+def _descriptor(path: Path) -> int | None:
+    """Which of this process's open files ``path`` is another name of: N of ``/dev/fd/N`` and ``/proc/self/fd/N``."""
+    if re.fullmatch("[0-9]{1,9}", path.name) and os.path.realpath(path.parent) == os.path.realpath("/dev/fd"):
+        return int(path.name)
+    return None
+
+
+def _open_special(path: Path) -> int | None:
+    """A descriptor to write to where nothing can be staged and replaced; None for a regular file or nothing."""
+    if (number := _descriptor(path)) is not None:
+        return os.dup(number)  # not opened anew: that would start at the beginning of a file, and fails on a socket
+    if _is_written_to(mode := _mode(path)):
+        return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)  # waits for a FIFO's reader
+    _refuse_special(path, mode)
+    return None
 
 
 def _absolute(target: Path, what: str) -> Path:
@@ -143,24 +273,34 @@ def _check_target(target: Path, is_ours: Callable[[Path], bool], what: str) -> N
     )
 
 
-def _make_directory(path: Path) -> int:
+def _make_directory(path: Path) -> int | None:
     os.mkdir(path)  # not mkdtemp: its mode 0700 would stay on the published directory
-    return os.open(path, _READ | os.O_DIRECTORY)
+    with suppress(FileNotFoundError):
+        return os.open(path, _READ | os.O_DIRECTORY)
+    return None  # a cleaner took it for litter before it was locked
 
 
 def _make_file(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
-def _claim(target: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+def _claim(target: Path, make: Callable[[Path], int | None]) -> tuple[Path, int]:
     """Make a hidden sibling of ``target`` and lock it; return it and the descriptor that holds the lock."""
     for _ in range(_ATTEMPTS):
         staged = _sibling(target, "tmp")
-        with suppress(FileNotFoundError):  # a cleaner took it for litter before it was locked
+        try:
             lock = make(staged)
-            if _flock(lock) is not False and os.path.lexists(staged):
-                return staged, lock
-            os.close(lock)
+        except FileNotFoundError as exc:
+            if not target.parent.is_dir():
+                raise
+            raise UsageError(  # as /proc says it
+                f"cannot write to {target}: nothing can be made in {target.parent}; give a path in another directory"
+            ) from exc
+        if lock is None:
+            continue
+        if _flock(lock) is not False and os.path.lexists(staged):
+            return staged, lock
+        os.close(lock)
     raise FamExportError(f"cannot make a temporary sibling of {target}: it is removed each time; is a cleaner running?")
 
 

@@ -26,7 +26,7 @@ from famexport.checkpoint import init_checkpoint
 from famexport.config import FamConfig, preset
 from famexport.contract import PRECISION_DTYPE
 from famexport.export.pipeline import export_bundle
-from famexport.publish import atomic_write
+from famexport.publish import write_output
 
 SHAPES: dict[str, FamConfig] = {
     "1b-1024": preset("paper-1b", block_size=1024, memory_segments=3, fam_length=64),
@@ -113,7 +113,7 @@ def main(words: list[str] | None = None) -> None:
                 report, samples = measure(options, mode, bundle)
                 report.update(shape=shape, mode=mode, logits=options.logits, samples_ms=samples)
                 file = options.out / f"{shape}-{options.precision}-{options.logits}-{mode}.json"
-                atomic_write(file, json.dumps(report, sort_keys=True).encode() + b"\n")
+                write_output(file, json.dumps(report, sort_keys=True).encode() + b"\n")
                 machine = report.get("gpu", {}).get("name") or report["device"]["processor"]
                 print(f"\n{shape}, {options.precision}, {mode} ({machine})\n")
                 print("\n".join(table(report, mode, BASELINE[options.device])), flush=True)

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import stat
 import time
 import warnings
@@ -21,7 +22,7 @@ import pytest
 
 from famexport import publish
 from famexport.errors import FamExportError, UsageError
-from famexport.publish import atomic_write, staged_directory, staged_file
+from famexport.publish import atomic_write, check_output, staged_directory, staged_file, write_output
 
 FILES = ("weights", "sub/more", "manifest.json")
 
@@ -530,6 +531,84 @@ def test_atomic_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         atomic_write(tmp_path, b"y")
 
 
+def interrupted(real: Callable[..., Any], *, first: bool = False) -> Callable[..., Any]:
+    """``real``, with a Ctrl-C before or after it."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        if first:
+            signal.raise_signal(signal.SIGINT)
+        result = real(*args, **options)
+        if not first:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    return call
+
+
+def test_ctrl_c_when_something_is_just_made_leaves_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = len(os.listdir("/proc/self/fd"))
+    for name in ("_claim", "_make_directory", "_make_file", "_flock"):
+        with monkeypatch.context() as patch:
+            patch.setattr(publish, name, interrupted(getattr(publish, name)))
+            uses: list[Callable[[], object]] = [
+                lambda: write_then(tmp_path / "target", lambda _: pytest.fail("it went on")),
+                lambda: append_then(tmp_path / "target", lambda: pytest.fail("it went on")),
+                lambda: check_output(tmp_path / "target"),
+            ]
+            unused = {"_make_directory": uses[1:], "_make_file": uses[:1]}.get(name, [])
+            for use in (use for use in uses if use not in unused):
+                with pytest.raises(KeyboardInterrupt):
+                    use()
+                assert os.listdir(tmp_path) == [], name
+                assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_ctrl_c_while_cleaning_up_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "rmtree", interrupted(shutil.rmtree, first=True))
+    with pytest.raises(KeyboardInterrupt):
+        write_then(tmp_path / "bundle", stop())
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_nothing_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = "cannot write to /proc/here: nothing can be made in /proc; give a path in another directory"
+    for use in (
+        lambda path: write(path, "1"),
+        check_output,
+        lambda path: write_output(path, b""),
+        lambda path: atomic_write(path, b""),
+    ):
+        with pytest.raises(UsageError, match=says):
+            use(Path("/proc/here"))
+    monkeypatch.setattr(publish, "_clean_litter", lambda target: target.parent.rmdir())
+    with pytest.raises(FamExportError, match="No such file or directory.*; check the path and its permissions"):
+        write(tmp_path / "gone" / "bundle", "1")
+
+
+def test_a_cleaner_that_is_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes what is not locked yet for litter: before it is opened, or before it is locked."""
+    real_open, real_flock, left = os.open, publish._flock, [1, 1]
+
+    def slow_open(path: Any, *args: Any, **options: Any) -> int:
+        if ".tmp-" in str(path) and left[0]:
+            left[0] -= 1
+            os.rmdir(path)
+        return real_open(path, *args, **options)
+
+    def slow_flock(descriptor: int) -> bool | None:
+        if left[1]:
+            left[1] -= 1
+            os.rmdir(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return real_flock(descriptor)
+
+    monkeypatch.setattr(os, "open", slow_open)
+    monkeypatch.setattr(publish, "_flock", slow_flock)
+    write(tmp_path / "bundle", "1")
+    assert left == [0, 0]
+    assert version(tmp_path / "bundle") == "1"
+    assert litter(tmp_path / "bundle") == []
+
+
 def append_then(path: Path, work: Callable[[], object]) -> None:
     with staged_file(path) as write:
         write(b"one ")
@@ -548,3 +627,155 @@ def test_staged_file(tmp_path: Path) -> None:
         assert caught.value is error
         assert path.read_bytes() == b"old"
         assert litter(path) == []
+
+
+def read_of(fifo: Path) -> int:
+    """A reader of ``fifo``, so that opening it to write does not wait."""
+    return os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_fifo_is_written_to(tmp_path: Path, linked: bool) -> None:
+    fifo = path = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    if linked:
+        path = tmp_path / "link"
+        path.symlink_to("fifo")
+    before = sorted(os.listdir(tmp_path))
+    check_output(path)  # and does not wait for a reader
+    reader = read_of(fifo)
+    write_output(path, b"hello")
+    assert os.read(reader, 99) == b"hello"
+    os.close(reader)
+    assert stat.S_ISFIFO(fifo.lstat().st_mode)
+    assert path.is_symlink() == linked
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
+def test_a_device_is_written_to_and_a_disk_is_not(tmp_path: Path) -> None:
+    null, link, disk = (tmp_path / name for name in ("null", "link", "disk"))
+    try:
+        os.mknod(null, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        os.mknod(disk, 0o666 | stat.S_IFBLK, os.makedev(7, 255))
+    except PermissionError:
+        pytest.skip("this root may make no devices")
+    link.symlink_to(null)
+    for path in (null, link):
+        check_output(path)
+        write_output(path, b"hello")
+    for write in (lambda: write_output(disk, b""), lambda: check_output(disk)):
+        with pytest.raises(UsageError, match="is a disk, expected a regular file or nothing there; give another path"):
+            write()
+    with pytest.raises(UsageError, match="is a device"):
+        atomic_write(null, b"hello")
+    assert stat.S_ISCHR(null.lstat().st_mode)
+    assert stat.S_ISBLK(disk.lstat().st_mode)
+    assert link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link", "null"]
+
+
+def test_what_this_process_has_open_is_written_to(tmp_path: Path) -> None:
+    """As ``/dev/stdout`` is, and ``/dev/fd/63`` of ``>(command)``. A redirected file goes on where it is."""
+    read, write = os.pipe()
+    link = tmp_path / "stdout"
+    link.symlink_to(f"/proc/self/fd/{write}")
+    for path in (Path(f"/dev/fd/{write}"), link):
+        check_output(path)
+        write_output(path, b"hello")
+        assert os.read(read, 99) == b"hello"
+        assert os.path.lexists(path)
+    os.close(read)
+    os.close(write)
+    for use in (check_output, lambda path: write_output(path, b"")):
+        with pytest.raises(FamExportError, match="cannot write the file .*Bad file descriptor"):
+            use(link)
+    log = tmp_path / "log"
+    with open(log, "ab") as file:
+        file.write(b"one ")
+        file.flush()
+        write_output(Path(f"/dev/fd/{file.fileno()}"), b"two ")
+        file.write(b"three")
+    assert log.read_bytes() == b"one two three"
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
+    folder, link, chain = tmp_path / "folder", tmp_path / "link", tmp_path / "chain"
+    folder.mkdir()
+    target = folder / "file"
+    link.symlink_to("folder/file")
+    chain.symlink_to(link)
+    for path, content in ((link, b"new"), (chain, b"newer")):  # at first it names nothing
+        check_output(path)
+        write_output(path, content)
+        assert target.read_bytes() == content
+    staged: list[str] = []
+    with pytest.raises(StopError):
+        append_then(chain, lambda: staged.extend(litter(target)) or stop()(target))
+    assert len(staged) == 1  # beside it, or it could not be renamed
+    assert target.read_bytes() == b"newer"
+    assert litter(target) == []
+    assert (os.readlink(link), os.readlink(chain)) == ("folder/file", str(link))
+    atomic_write(link, b"other")  # in a folder of ours a link is a trap
+    assert (target.read_bytes(), link.read_bytes(), link.is_symlink()) == (b"newer", b"other", False)
+    link.unlink()
+    link.symlink_to("chain")
+    for use in (check_output, lambda path: write_output(path, b"")):
+        with pytest.raises(FamExportError, match="symbolic links"):
+            use(chain)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_strangers_link_where_all_may_write_is_not_followed(tmp_path: Path) -> None:
+    shared, canary = tmp_path / "shared", tmp_path / "canary"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    canary.write_text("mine")
+    link, fifo = shared / "link", shared / "fifo"
+    link.symlink_to(canary)
+    os.mkfifo(fifo)
+    write_output(link, b"my own link")
+    for path in (link, fifo):
+        os.lchown(path, 4711, -1)
+        for use in (check_output, lambda path: write_output(path, b"x")):
+            with pytest.raises(
+                UsageError, match="that user 4711 put into a folder .*; give another path, or remove it"
+            ):
+                use(path)
+    assert canary.read_text() == "my own link"
+    assert sorted(os.listdir(shared)) == ["fifo", "link"]
+
+
+def test_outputs_are_checked_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, link, file, door = (tmp_path / name for name in ("folder", "link", "file", "door"))
+    folder.mkdir()
+    link.symlink_to(folder)
+    file.write_text("old")
+    listener = socket.socket(socket.AF_UNIX)
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    listener.bind("door")
+    before = sorted(os.listdir(tmp_path))
+    refused = {
+        folder: "is a directory, expected a file name; add one",
+        link: "is a directory, expected a file name; add one",
+        door: "is a socket, expected a regular file or nothing there; give another path",
+        file / "below" / "it": "a file is in the way",
+        folder / ("n" * 300): "is too long",
+        folder / "nul\0here": "cannot write the file to",
+    }
+    for path, message in refused.items():
+        for use in (check_output, lambda path: write_output(path, b""), lambda path: atomic_write(path, b"")):
+            with pytest.raises(UsageError, match=message):
+                use(path)
+    for path in (file, tmp_path / "new", tmp_path / "deep" / "er"):
+        check_output(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            publish, "_make_file", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+        )
+        with pytest.raises(FamExportError, match="Permission denied; check the path and its permissions"):
+            check_output(tmp_path / "new")
+    listener.close()
+    assert sorted(os.listdir(tmp_path)) == before
+    assert os.listdir(folder) == []
+    assert file.read_text() == "old"

@@ -1,1 +1,1 @@
-"""Latency and memory of each block, beside what the hardware allows. Imports neither torch nor the exporter."""
+"""Latency and memory of each block, beside what the hardware allows. Needs neither torch nor the exporter."""

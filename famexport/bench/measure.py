@@ -25,6 +25,7 @@ from famexport.bench.power import PowerMeter
 from famexport.bench.roofline import Ceilings, measure_limits
 from famexport.bench.tegrastats import Tegrastats
 from famexport.bench.turns import (
+    Cost,
     Samples,
     Taken,
     Turns,
@@ -32,7 +33,7 @@ from famexport.bench.turns import (
     full_report,
     memory_facts,
     opened_turns,
-    weight_bytes,
+    step_cost,
 )
 from famexport.bundle import Bundle, open_bundle
 from famexport.contract import PRECISION_DTYPE
@@ -65,13 +66,14 @@ def bench(
         ``latency``, and where there are any ``device`` and ``paced``.
     Raises:
         UsageError: unknown or repeated backends, too few blocks, a pace that cannot be.
+        BundleError: damaged, or what it says of its cost is no number.
         ParityError: backends disagree; nothing is reported.
     """
     if blocks < 2:
         raise UsageError(f"bench needs at least 2 blocks, got {blocks}")
     check_period(paced_ms)
     bundle = open_bundle(path)
-    names = backend_names(backends)
+    names, cost = backend_names(backends), step_cost(bundle)
     say, total = progress or (lambda done, total: None), blocks * (1 if paced_ms is None else 2)
     with ExitStack() as stack:
         turns = stack.enter_context(opened_turns(bundle, names, threads, seed))
@@ -93,7 +95,7 @@ def bench(
     for name in taken:
         samples[name] = _samples(taken[name], paced.get(name))
         limit = ceilings.get(turns.devices[name])
-        result = _result(bundle, name, taken[name], samples[name], paced.get(name), rates[name], limit)
+        result = _result(bundle, cost, name, taken[name], samples[name], paced.get(name), rates[name], limit)
         results.append({**result, "kernels": turns.kernels[name]})
     report = full_report(path, bundle, results, gpu=gpu, power=meter.result(), tegrastats=stats.result())
     return report, samples
@@ -124,6 +126,7 @@ def _samples(taken: Sequence[Taken], paced: Paced | None) -> dict[str, list[floa
 
 def _result(
     bundle: Bundle,
+    cost: Cost,
     name: str,
     taken: Sequence[Taken],
     samples: dict[str, list[float]],
@@ -131,10 +134,10 @@ def _result(
     rate: float | None,
     ceilings: Ceilings | None,
 ) -> dict[str, Any]:
-    contract, flops = bundle.contract, bundle.manifest.cost.get("flops_per_block")
+    contract = bundle.contract
     batch = contract.batch if isinstance(contract.batch, int) else 1
     latency, device = percentiles(samples["latency"]), percentiles(samples.get("device", [])) or None
-    flops = int(flops) * batch if flops else None
+    flops = cost.flops * batch if cost.flops else None
     return {
         "backend": name,
         "blocks": len(taken),
@@ -146,5 +149,5 @@ def _result(
         "throughput_tokens_per_s": rate * contract.block_size * batch if rate else None,
         "state_bytes": contract.state_bytes(),
         "rss_bytes": memory_facts([each.rss_bytes for each in taken]),
-        "roofline": ceilings.share(weight_bytes(bundle), flops, latency, device) if ceilings else None,
+        "roofline": ceilings.share(cost.weight_bytes, flops, latency, device) if ceilings else None,
     }

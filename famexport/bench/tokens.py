@@ -23,13 +23,14 @@ from famexport.bench.power import PowerMeter
 from famexport.bench.roofline import Ceilings, measure_limits
 from famexport.bench.tegrastats import Tegrastats
 from famexport.bench.turns import (
+    Cost,
     Samples,
     Turns,
     backend_names,
     full_report,
     memory_facts,
     opened_turns,
-    weight_bytes,
+    step_cost,
 )
 from famexport.bundle import Bundle, open_bundle
 from famexport.contract import PRECISION_DTYPE
@@ -60,10 +61,11 @@ def bench_tokens(
         ``token_device`` and ``boundary_device``.
     Raises:
         UsageError: unknown or repeated backends, too few tokens, a bundle without append_step.
+        BundleError: damaged, or what it says of its cost is no number.
         ParityError: backends disagree; nothing is reported.
     """
     bundle = open_bundle(path)
-    names = backend_names(backends)
+    names, cost = backend_names(backends), step_cost(bundle)
     contract = bundle.contract
     if not contract.chunks:
         raise UsageError(f"{path} has block_step alone; to measure tokens export it with --graphs all")
@@ -97,7 +99,7 @@ def bench_tokens(
     results = []
     for name in samples:
         limit = ceilings.get(turns.devices[name])
-        result = _result(bundle, name, samples[name], memory[name], prompt, turns.batch, limit)
+        result = _result(bundle, cost, name, samples[name], memory[name], prompt, turns.batch, limit)
         results.append({**result, "kernels": turns.kernels[name]})
     report = full_report(path, bundle, results, gpu=gpu, power=meter.result(), tegrastats=stats.result())
     return report, samples
@@ -118,6 +120,7 @@ def _prompts(turns: Turns, length: int) -> dict[str, float]:
 
 def _result(
     bundle: Bundle,
+    cost: Cost,
     name: str,
     samples: dict[str, list[float]],
     memory: Sequence[int],
@@ -125,8 +128,8 @@ def _result(
     batch: int,
     ceilings: Ceilings | None,
 ) -> dict[str, Any]:
-    contract, flops = bundle.contract, bundle.manifest.cost.get("flops_per_block")
-    flops = int(flops) * batch // contract.block_size if flops else None
+    contract = bundle.contract
+    flops = cost.flops * batch // contract.block_size if cost.flops else None
     steps = samples["token"] + samples["boundary"]
     device, at_end = (percentiles(samples.get(f"{kind}_device", [])) or None for kind in ("token", "boundary"))
     limited = percentiles(samples["token"] or steps), device if samples["token"] else at_end
@@ -143,5 +146,5 @@ def _result(
         "tokens_per_s": batch * 1e3 / float(np.mean(steps)),
         "state_bytes": contract.state_bytes(),
         "rss_bytes": memory_facts(memory),
-        "roofline": ceilings.share(weight_bytes(bundle), flops, *limited) if ceilings else None,
+        "roofline": ceilings.share(cost.weight_bytes, flops, *limited) if ceilings else None,
     }

@@ -16,6 +16,7 @@ from famexport.errors import ParityError, UsageError
 from famexport.runtime.golden import relative_error
 from famexport.runtime.inputs import random_input
 from famexport.runtime.process import device_facts, rss_bytes, versions
+from famexport.runtime.selftest import stated_number
 from famexport.runtime.session import load
 from famexport.runtime.stream import Stream
 
@@ -58,7 +59,7 @@ class Turns:
         self.contract, self.streams, self._rng = bundle.contract, streams, rng
         self.devices = devices  # "cpu" or "cuda", by backend
         self.kernels = kernels  # what Session.info says of them, by backend
-        self._tolerance = float(bundle.manifest.parity.get("tolerance", 1e-3))
+        self._tolerance = stated_number(bundle, "parity", "tolerance", 1e-3)
         self.batch = next(iter(streams.values())).batch
         self._outs = {n: np.zeros(self.contract.outputs[0].sized(self.batch), np.float32) for n in streams}
         self._given: dict[str, np.ndarray] = {}
@@ -169,11 +170,24 @@ def opened_turns(bundle: Bundle, names: Sequence[str], threads: int | None, seed
         yield Turns(bundle, streams, np.random.default_rng(seed), devices, kernels)
 
 
-def weight_bytes(bundle: Bundle) -> int:
-    """Bytes of weights that one call must read."""
+class Cost(NamedTuple):
+    """Of one call on one row: bytes of weights that it must read, and its operations; None where nobody counted."""
+
+    weight_bytes: int
+    flops: int | None
+
+
+def step_cost(bundle: Bundle) -> Cost:
+    """What the manifest says of a block step. Ask before the measurement: it is read from a file, and may be nonsense.
+
+    Raises:
+        BundleError: it is no number.
+    """
     manifest = bundle.manifest
     whole = manifest.files[manifest.weights].bytes if manifest.weights else 0
-    return int(manifest.cost.get("weight_bytes_read", whole))
+    read = int(stated_number(bundle, "cost", "weight_bytes_read")) if "weight_bytes_read" in manifest.cost else whole
+    counted = manifest.cost.get("flops_per_block") is not None
+    return Cost(read, int(stated_number(bundle, "cost", "flops_per_block")) if counted else None)
 
 
 def memory_facts(memory: Sequence[int]) -> dict[str, Any]:

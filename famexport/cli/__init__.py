@@ -6,9 +6,8 @@ else. An error is one line; ``--debug`` adds the traceback.
 
 from __future__ import annotations
 
-import os
 import sys
-from typing import Annotated
+from typing import Annotated, TextIO, cast
 
 import typer
 
@@ -65,8 +64,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _say(error: FamExportError) -> int:
-    print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+    _print_error(" ".join(str(error).splitlines()))
     return error.exit_code
+
+
+def _print_error(line: str) -> None:
+    from famexport.cli.output import printable
+
+    print(f"error: {printable(line)}", file=sys.stderr)  # it may quote a file, and so a terminal's commands
 
 
 def _missing_package(exc: Exception) -> MissingDependencyError | None:
@@ -80,14 +85,41 @@ def _missing_package(exc: Exception) -> MissingDependencyError | None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
+    from famexport.cli.output import Stdout, drop
+
+    if (before := sys.stdout) is None:  # as of ``famexport inspect BUNDLE >&-``
+        return _run_command(arguments, debug)
+    ours = Stdout(before)
+    sys.stdout = wrapped = cast(TextIO, ours)
+    try:
+        return _run_command(arguments, debug)
+    finally:
+        if ours.failed:
+            drop(before)
+        if sys.stdout is wrapped:  # else it is what Typer puts there once nobody reads on
+            sys.stdout = before
+
+
+def _call(arguments: list[str]) -> int:
     try:
         app(arguments, standalone_mode=True)
+        code = 0
     except SystemExit as exc:  # Typer's own: help, usage errors, typer.Exit
         if exc.code == _INTERRUPTED:  # Typer turns Ctrl-C into this code, and says nothing
             print("interrupted; nothing was left half-written", file=sys.stderr)
-        return exc.code if isinstance(exc.code, int) else 0 if exc.code is None else 1
+        code = exc.code if isinstance(exc.code, int) else 0 if exc.code is None else 1
+    if code == 0 and sys.stdout is not None:
+        sys.stdout.flush()  # now: what fails while the interpreter exits is not said in our words
+    return code
+
+
+def _run_command(arguments: list[str], debug: bool) -> int:
+    try:
+        return _call(arguments)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains while exiting
+        from famexport.cli.output import drop
+
+        drop(sys.stdout)
         return 0
     except FamExportError as exc:
         if debug:
@@ -104,6 +136,5 @@ def _run(arguments: list[str], debug: bool) -> int:
         if missing := _missing_package(exc):
             return _say(missing)
         first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-        print(f"error: {type(exc).__name__}: {first[:500]} (run again with --debug for the traceback)", file=sys.stderr)
+        _print_error(f"{type(exc).__name__}: {first[:500]} (run again with --debug for the traceback)")
         return 1
-    return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ RecipeName = Annotated[str, typer.Argument(help="A recipe, by name or by the pat
 
 def build(
     context: typer.Context,
-    bundle: opt.Bundle,
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle directory.", metavar="BUNDLE")] = None,
     target: Annotated[
         str | None, typer.Option(help="The device: jetson-orin-nx-jp6, h100, rtx-4090, ...; 'list' names all.")
     ] = None,
@@ -59,7 +60,13 @@ def build(
     from famexport.engine.build import build_engines
     from famexport.engine.build_options import BuildOptions
     from famexport.engine.targets import TARGETS
+    from famexport.inspection import layer_counts
 
+    if target == "list":
+        _list_targets(json)
+        return
+    if bundle is None:
+        raise UsageError("name a bundle: famexport build BUNDLE --target TARGET")
     chosen, kind, options = target, engine.value if engine else None, BuildOptions()
     if recipe:
         from famexport.recipe import load_recipe
@@ -68,7 +75,7 @@ def build(
         chosen, kind, options = target or read.target, kind or read.engine, read.options
         if chosen is None:
             raise UsageError(f"the recipe {read.name} builds no engine; its bundle runs as it is")
-    if chosen is None or chosen == "list":
+    if chosen is None:
         raise UsageError(f"name a device with --target: {', '.join(TARGETS)}")
     given = {
         "attention": attention.value,
@@ -92,13 +99,23 @@ def build(
     elif not quiet:
         for entry in built.engines:
             done = "unchanged" if entry.graph in built.kept else f"built in {entry.build_seconds:.1f} s"
-            products = ", ".join(f"{n} {d}" for d, n in entry.layers.get("MATRIX_MULTIPLY", {}).items())
+            products = layer_counts(entry.layers.get("MATRIX_MULTIPLY"))
             attention_said = f", attention {entry.attention}" if entry.attention else ""
             out.print(
                 f"{entry.graph}: {entry.engine} {entry.device.tensorrt}, {size(entry.bytes)}, {done}, "
                 f"products {products}{attention_said}",
                 markup=False,
             )
+
+
+def _list_targets(json: bool) -> None:
+    from famexport.engine.targets import TARGETS
+
+    if json:
+        print_json({name: {**asdict(target), "engines": target.engines} for name, target in TARGETS.items()})
+        return
+    for name, target in TARGETS.items():
+        out.print(f"{name:<22} {target.gpu}, {' or '.join(target.engines)}", markup=False)
 
 
 def kernels(

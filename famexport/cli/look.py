@@ -41,7 +41,9 @@ def doctor(json: opt.Json = False) -> None:
         markup=False,
     )
     command = Column("to add it", no_wrap=True)  # it is there to be copied
-    table = Table(Column("backend", no_wrap=True), Column("works", no_wrap=True), "detail", command)
+    table = Table(
+        Column("backend", no_wrap=True), Column("works", no_wrap=True), Column("detail", overflow="fold"), command
+    )
     for backend in found["backends"]:
         table.add_row(backend["backend"], "yes" if backend["works"] else "no", backend["detail"], backend["add"] or "")
     out.print(table)

@@ -150,7 +150,7 @@ def export(
         "inputs": inputs.value,
         "logits": logits.value,
         "graphs": graphs.value,
-        "chunks": chunk or (1,),
+        "chunks": chunk or None,
     }
     if recipe:
         from famexport.recipe import load_recipe

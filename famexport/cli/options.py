@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +12,12 @@ import typer
 BACKENDS = "auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, ort-cpu, torch, torch-compile (both also :cuda)."
 Json = Annotated[bool, typer.Option("--json", help="The result on stdout as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
+MAX_THREADS = max(
+    64, 4 * (os.cpu_count() or 1)
+)  # every graph has as many of its own: 1,024 took 40 s to start on two cores
 Threads = Annotated[
-    int | None, typer.Option(help="Threads for one operator.", min=1, show_default="the backend's choice")
+    int | None,
+    typer.Option(help="Threads for one operator.", min=1, max=MAX_THREADS, show_default="the backend's choice"),
 ]
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint directory.", metavar="CKPT")]
 Bundle = Annotated[Path, typer.Argument(help="A bundle directory.", metavar="BUNDLE")]
@@ -29,6 +34,19 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the draw.", min=0, show_
 Recipe = Annotated[
     str | None, typer.Option(help="A recipe, by name or path; options typed here go before it.", show_default="none")
 ]
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Before the work: that the files it ends with can be written.
+
+    Raises:
+        UsageError, FamExportError: one cannot be.
+    """
+    from famexport.publish import check_output
+
+    for path in paths:
+        if path is not None:
+            check_output(path)
 
 
 def is_typed(context: typer.Context, parameter: str) -> bool:

@@ -3,18 +3,73 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
+
+from famexport.errors import FamExportError
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with what a terminal would obey, or not show, written as an escape: names out of files may hold it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Plain(Console):
+    """Every string, of a table's cells too, comes through ``render_str``."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        return super().render_str(printable(text, keep="\n\t"), **options)
+
 
 # Without markup: "famexport[cpu]", "[batch, 8]" and paths with brackets are printed as they are
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+err = _Plain(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+out = _Plain(soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+class Stdout:
+    """``sys.stdout``, which says of what goes wrong that it went wrong there: the system's error names no file."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.failed = stream, False
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # no error: whoever reads has enough
+            raise
+        except OSError as exc:
+            self.failed = True
+            raise FamExportError(
+                f"cannot write to stdout: {exc.strerror or exc}; make room there, or send it elsewhere"
+            ) from exc
+
+
+def drop(stream: TextIO) -> None:
+    """Let what ``stream`` still holds go nowhere, or the interpreter complains of it while exiting."""
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:  # a stream may have no descriptor
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def print_json(value: Any) -> None:
@@ -41,10 +96,10 @@ def shown(key: str, value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, Mapping):
         inner = "bytes" if key == "files" else ""
-        return "\n".join(f"{k}: {shown(inner or k, v)}" for k, v in value.items()) or "-"
+        return "\n".join(f"{printable(k)}: {shown(inner or k, v)}" for k, v in value.items()) or "-"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "-"
-    return str(value)
+        return ", ".join(printable(str(item)) for item in value) or "-"
+    return printable(str(value))
 
 
 def size(count: float) -> str:

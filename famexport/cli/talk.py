@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.live import Live
 
 from famexport.cli import options as opt
 from famexport.cli.output import err, out, print_facts, print_json, size, stages
-from famexport.errors import UsageError
+from famexport.errors import InvalidInputError, UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,7 +50,7 @@ def run(
     from famexport.chat_template import stop_ids
     from famexport.publish import staged_file
     from famexport.runtime.feeding import bundle_tokenizer, token_source
-    from famexport.runtime.generate import Sampler
+    from famexport.runtime.generate import Sampler, check_generates
     from famexport.runtime.score import RunReport, run_tokens, timed_tokens
     from famexport.runtime.session import load
     from famexport.runtime.snapshot import Snapshot
@@ -61,11 +61,19 @@ def run(
         raise UsageError(
             f"no such directory: {save_state.absolute().parent}; make it first, or give another --save-state"
         )
+    opt.check_outputs(save_state, scores)
+    given = _stdin() if input == "-" else None
     saved = Snapshot.load(load_state) if load_state else None
     with load(bundle, backend, threads=threads) as session, session.stream() as stream:
+        tokenizer: Tokenizer | None = None
+        stop: Collection[int] = ()
+        if generate:  # what can be said of it now, too
+            check_generates(session.contract)
+            tokenizer = bundle_tokenizer(session.bundle) if session.bundle.manifest.tokenizer else None
+            stop = stop_ids(session.bundle, tokenizer) if tokenizer else ()
         if saved:
             stream.restore(saved, any_engine=any_engine)
-        source = sys.stdin.buffer if input == "-" else Path(input)
+        source = given.buffer if given else Path(input)
         ids = token_source(session.bundle, source, as_tokens=tokens)
         live = None if quiet or not err.is_terminal else Live(console=err, transient=True, refresh_per_second=4)
 
@@ -78,10 +86,8 @@ def run(
             report = run_tokens(session, ids, stream=stream, scores=write, progress=show)
             guard("run", 1, 1)  # raises an interrupt that a library has swallowed
         made: list[int] = []
-        tokenizer = bundle_tokenizer(session.bundle) if generate and session.bundle.manifest.tokenizer else None
         if generate:
             _note_slow(session)
-            stop = stop_ids(session.bundle, tokenizer) if tokenizer else ()
             chosen = stream.generate(
                 [], generate, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
             )
@@ -97,6 +103,14 @@ def run(
         print_json({"bundle": str(bundle), **report.to_dict(), **(more if generate else {})})
     elif not quiet:
         print_facts(f"{bundle} on {report.backend}", _run_facts(report), err if generate else out)
+
+
+def _stdin() -> TextIO:
+    if sys.stdin is None:  # as of ``famexport run BUNDLE <&-``
+        raise UsageError(
+            "stdin is closed, expected something to read there; redirect it, or give run a file with --input"
+        )
+    return sys.stdin
 
 
 def _shown(chosen: Iterator[int], made: list[int], tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -129,12 +143,13 @@ def chat(
     from famexport.runtime.feeding import bundle_tokenizer
     from famexport.runtime.session import load
 
+    given = _stdin()
     with load(bundle, backend, threads=threads) as session, session.stream() as stream:
         tokenizer = bundle_tokenizer(session.bundle)
         template = chat_template(session.bundle)
         _note_slow(session)
         talk = Chat(stream, tokenizer, template, stop_ids(session.bundle, tokenizer), system)
-        for message in _messages():
+        for message in _messages(given):
             pieces = []
             with _answer_may_be_cut():
                 for piece in talk.say(
@@ -149,17 +164,24 @@ def chat(
                 print(flush=True)
 
 
-def _messages() -> Iterator[str]:
-    """Lines of stdin that say something; at a terminal with a prompt."""
-    asks = sys.stdin.isatty() and err.is_terminal
+def _messages(given: TextIO) -> Iterator[str]:
+    """Lines of ``given``, stdin, that say something; at a terminal with a prompt."""
+    asks, number = given.isatty() and err.is_terminal, 0
     while True:
         if asks:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = given.buffer.readline()
+        number += 1
         if not line:
             return
-        if line.strip():
-            yield line.strip()
+        try:  # not by the locale's rules: ``run`` takes UTF-8 everywhere, too
+            message = line.decode().strip()
+        except UnicodeDecodeError as exc:
+            raise InvalidInputError(
+                f"line {number} of the input: invalid UTF-8 at byte {exc.start}: {exc.reason}; give the text as UTF-8"
+            ) from exc
+        if message:
+            yield message
 
 
 @contextmanager
@@ -188,6 +210,7 @@ def _run_facts(report: Any) -> dict[str, Any]:
     from famexport.runtime.score import SETTLED
 
     latency, rss = report.latency_ms, report.rss_bytes
+    first = f"{size(rss['first'])} after the first block, " if report.tokens else ""
     settled = f"{size(rss['settled'])} after {SETTLED}, " if "settled" in rss else ""
     return {
         "tokens": f"{report.tokens:,} in {report.blocks:,} whole blocks of {report.block_size}",
@@ -196,7 +219,7 @@ def _run_facts(report: Any) -> dict[str, Any]:
         "ms per block": f"p50 {latency['p50']:.2f}  p99 {latency['p99']:.2f}" if latency else "- (no whole block)",
         **({"generated": _generated_line(report)} if report.generated else {}),
         "state": f"{size(report.state_bytes)} ({report.precision})",
-        "resident memory": f"{size(rss['first'])} after the first block, {settled}{size(rss['last'])} at the end",
+        "resident memory": f"{first}{settled}{size(rss['last'])} at the end",
     }
 
 

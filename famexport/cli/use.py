@@ -1,4 +1,4 @@
-"""Commands that measure and check bundles: bench, verify."""
+"""Commands that measure and check bundles: bench, compare, verify."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def bench(
     from famexport.bench.files import check_plotly, html_page, samples_file
     from famexport.bench.measure import bench as measure
     from famexport.bench.tokens import bench_tokens
-    from famexport.publish import atomic_write
+    from famexport.publish import write_output
 
+    opt.check_outputs(json, samples, html)
     if html:
         check_plotly()
     if paced is not None and mode is opt.Mode.token:
@@ -60,11 +61,11 @@ def bench(
                 bundle, backend or (), blocks=blocks, paced_ms=paced, threads=threads, progress=progress
             )
     if json:
-        atomic_write(json, json_module.dumps(report, sort_keys=True).encode() + b"\n")
+        write_output(json, json_module.dumps(report, sort_keys=True).encode() + b"\n")
     if samples:
-        atomic_write(samples, samples_file(samples, raw))
+        write_output(samples, samples_file(samples, raw))
     if html:
-        atomic_write(html, html_page(report, raw))
+        write_output(html, html_page(report, raw))
     if not quiet:
         out.print(_tokens_table(report) if mode is opt.Mode.token else _bench_table(report))
         if more := _more_table(report):
@@ -149,7 +150,7 @@ def compare(
     bundle: opt.Bundle,
     backend: Annotated[list[str], typer.Option(help="Two backends; the second is what the first is compared with.")],
     blocks: Annotated[int, typer.Option(help="Blocks of the closed loop.", min=1)] = 16,
-    seed: opt.Seed = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random input.", min=0)] = 0,
     quiet: opt.Quiet = False,
     json: opt.Json = False,
 ) -> None:
@@ -160,7 +161,7 @@ def compare(
 
     with stages(quiet) as report:
         found = compare_backends(
-            bundle, (backend[0], backend[1]), blocks=blocks, seed=seed or 0, progress=report.one("backends")
+            bundle, (backend[0], backend[1]), blocks=blocks, seed=seed, progress=report.one("backends")
         )
     if json:
         print_json(found)

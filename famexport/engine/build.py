@@ -1,7 +1,8 @@
 """``build_engines``: the graphs of a bundle -> engines for one target, in the bundle, noted in its manifest.
 
 The plan is written first, then the manifest, each atomically: a plan that no manifest names is litter, is never
-loaded, and goes with the next build. Trust is noted last before the manifest names the engine.
+loaded, and goes with the next build. Trust is noted last before the manifest names the engine. One process at a time
+builds for a target of a bundle: to another, the plans that it has written and not yet named would be litter.
 """
 
 from __future__ import annotations
@@ -33,9 +34,18 @@ from famexport.engine.targets import (
     versions_fit,
 )
 from famexport.engines import DeviceTuple, EngineEntry, build_key, read_entries
-from famexport.errors import BundleError, EngineError, FamExportError, IncompatibleError, UsageError, raise_problems
+from famexport.errors import (
+    BundleError,
+    EngineError,
+    FamExportError,
+    IncompatibleError,
+    MissingDependencyError,
+    UsageError,
+    raise_problems,
+)
 from famexport.manifest import ENGINES
 from famexport.publish import atomic_write
+from famexport.runtime.interrupts import uninterrupted
 from famexport.runtime.tensorrt import this_device
 from famexport.runtime.tensorrt_api import MODULES, host_facts, import_tensorrt, new_logger
 from famexport.runtime.trust import is_trusted, trust
@@ -68,6 +78,7 @@ def build_engines(
     Raises:
         UsageError: no such target, engine or option.
         IncompatibleError: this machine, TensorRT or target cannot have it; nothing changed.
+        FamExportError: another process builds engines of the bundle for this target now; nothing changed.
         EngineError: the engine is not what was asked (types, fused attention); nothing changed.
     """
     goal = find_target(target)
@@ -83,28 +94,31 @@ def build_engines(
         wanted = replace(wanted, batch_profile=_DYNAMIC_PROFILE)
     raise_problems(UsageError, "cannot build", wanted.problems(kind, opened.contract.batch))
     raise_problems(IncompatibleError, "cannot build", precision_problems(goal, kind, opened.manifest.precision))
-    trt = import_tensorrt(kind)
+    trt = _import(kind, goal)
     device = _device(trt, goal, kind)
     _check_folder(opened, goal)
-    has = read_entries(opened.manifest.engines)
-    entries, kept = [], []
+    entries: list[EngineEntry] = []
+    kept: list[str] = []
     names = opened.contract.graph_names
-    with interruptible() as stopped:
-        for done, name in enumerate(names):
-            if progress:
-                progress("engines", done, len(names))
-            key = _key(opened, name, kind, device, goal, wanted)
-            old = next((e for e in has if (e.target, e.engine, e.graph, e.key) == (goal.name, kind, name, key)), None)
-            if old and _is_whole(opened, old):
-                entries.append(old)
-                kept.append(name)
-                continue
-            try:
-                entries.append(_build_one(trt, opened, name, key, goal, kind, device, wanted, progress, stopped))
-            except BaseException:
-                _remove_unnamed(opened, goal, [entry for entry in entries if entry.graph not in kept])
-                raise
-    _publish(opened, goal, kind, entries)
+    with _building(opened, goal) as has:
+        try:
+            with interruptible() as stopped:
+                for done, name in enumerate(names):
+                    if progress:
+                        progress("engines", done, len(names))
+                    key = _key(opened, name, kind, device, goal, wanted)
+                    wants = goal.name, kind, name, key
+                    old = next((e for e in has if (e.target, e.engine, e.graph, e.key) == wants), None)
+                    if old and _is_whole(opened, old):
+                        entries.append(old)
+                        kept.append(name)
+                        continue
+                    entries.append(_build_one(trt, opened, name, key, goal, kind, device, wanted, progress, stopped))
+        except BaseException:
+            with uninterrupted():
+                _remove_unnamed(opened, goal, has, [entry for entry in entries if entry.graph not in kept])
+            raise
+        _publish(opened, goal, kind, entries)
     if progress:
         progress("engines", len(names), len(names))
     return Built(entries, kept)
@@ -125,9 +139,28 @@ def _choose(target: Target, engine: str | None) -> str:
     return engine
 
 
+def _import(kind: str, target: Target) -> Any:
+    """The TensorRT to build with. What could not build for the target anyhow is not asked to install one."""
+    arch = host_facts()[1]
+    if kind == TENSORRT and arch != target.arch:
+        raise IncompatibleError(
+            f"this machine has a processor of {arch}, {target.name} is {target.gpu} ({target.compute_capability}, "
+            f"{target.arch}); TensorRT builds on the device itself: run this there"
+        )
+    try:
+        return import_tensorrt(kind)
+    except MissingDependencyError as exc:
+        if not target.name.startswith("jetson-"):
+            raise
+        raise IncompatibleError(
+            f"{target.name} needs JetPack's own TensorRT, and the module tensorrt is not seen here; sudo apt-get "
+            "install python3-libnvinfer, and make the environment with --system-site-packages (docs/jetson.md)"
+        ) from exc
+
+
 def _device(trt: Any, target: Target, kind: str) -> DeviceTuple:
     """What the engine will be tied to. Full TensorRT builds for the GPU at hand, so that must be the target's."""
-    arch, version = host_facts()[1], str(trt.__version__)
+    version = str(trt.__version__)
     if kind == RTX:
         return DeviceTuple(version, None, target.compute_capability, None, "linux", target.arch)
     if not versions_fit(version, target.tensorrt):
@@ -142,9 +175,9 @@ def _device(trt: Any, target: Target, kind: str) -> DeviceTuple:
         here = this_device(trt, cuda.facts())
     finally:
         cuda.close()
-    if here.compute_capability != target.compute_capability or arch != target.arch:
+    if here.compute_capability != target.compute_capability:
         raise IncompatibleError(
-            f"this machine has {here.gpu} ({here.compute_capability}, {arch}), {target.name} is {target.gpu} "
+            f"this machine has {here.gpu} ({here.compute_capability}, {here.arch}), {target.name} is {target.gpu} "
             f"({target.compute_capability}, {target.arch}); TensorRT builds on the device itself: run this there"
         )
     return here
@@ -204,7 +237,7 @@ def _build_one(
     if stopped():
         raise KeyboardInterrupt
     if plan is None:
-        raise build_failure(what, logger.errors, attention)
+        raise build_failure(what, logger.errors)
     data = bytes(plan)
     checked = "network"
     if kind == TENSORRT:  # it was built for the GPU at hand: the plan itself can be asked
@@ -272,21 +305,19 @@ def _check_folder(bundle: Bundle, target: Target) -> None:
             raise BundleError(f"{folder} is a link or no directory, expected a directory of the bundle; remove it")
 
 
-def _remove_unnamed(bundle: Bundle, target: Target, entries: list[EngineEntry]) -> None:
-    """Remove plans that no manifest came to name."""
+def _remove_unnamed(bundle: Bundle, target: Target, has: list[EngineEntry], entries: list[EngineEntry]) -> None:
+    """Remove plans that no manifest came to name; ``has`` is what it names."""
     folder = bundle.path / ENGINES / target.name
+    named = {entry.name for entry in has}
     for entry in entries:
-        if entry.name not in bundle.manifest.engines:
+        if entry.name not in named:
             (folder / entry.file).unlink(missing_ok=True)
-    for empty in (folder, folder.parent):
-        with suppress(OSError):  # not empty, or never made
-            empty.rmdir()
 
 
 def _publish(bundle: Bundle, target: Target, kind: str, entries: list[EngineEntry]) -> None:
     """Name the engines in the manifest, and remove those that they replace."""
     folder = bundle.path / ENGINES
-    with _locked(folder):
+    with _locked(bundle.path, ENGINES):
         now = open_bundle(bundle.path, verify=False)
         if now.manifest.files != bundle.manifest.files:
             raise BundleError(f"{bundle.path} was exported anew while engines were built for it; build again")
@@ -302,12 +333,54 @@ def _publish(bundle: Bundle, target: Target, kind: str, entries: list[EngineEntr
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer of a bundle's engines at a time; the lock goes with the process."""
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def _building(bundle: Bundle, target: Target) -> Iterator[list[EngineEntry]]:
+    """Be the one that builds for a target of the bundle; yields the engines that the manifest names by now."""
+    folder = bundle.path / ENGINES / target.name
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock = _lock(bundle.path, ENGINES, target.name, wait=False)
+    except BlockingIOError as exc:
+        raise FamExportError(
+            f"another process builds engines for {target.name} in {bundle.path}; wait until it has ended"
+        ) from exc
+    try:
+        yield read_entries(open_bundle(bundle.path, verify=False).manifest.engines)
+    finally:
+        for empty in (folder, folder.parent):
+            with suppress(OSError):  # not empty
+                empty.rmdir()
+        os.close(lock)
+
+
+@contextmanager
+def _locked(root: Path, *names: str) -> Iterator[None]:
+    """One writer at a time of the folder of those names under ``root``, which is made."""
+    lock = _lock(root, *names)
+    try:
         yield
     finally:
-        os.close(descriptor)
+        os.close(lock)
+
+
+def _lock(root: Path, *names: str, wait: bool = True) -> int:
+    """A descriptor that holds the lock on a folder, which is made; the lock goes with the process.
+
+    Raises:
+        BlockingIOError: another holds it, without ``wait``.
+    """
+    folder = root.joinpath(*names)
+    while True:
+        descriptor, taken = -1, False
+        try:
+            for depth in range(len(names)):
+                root.joinpath(*names[: depth + 1]).mkdir(exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            taken = os.path.samestat(os.fstat(descriptor), os.lstat(folder))
+            if taken:
+                return descriptor
+        except FileNotFoundError:  # a build that ended without engines removes what is empty
+            if not root.is_dir():
+                raise
+        finally:
+            if not taken and descriptor >= 0:
+                os.close(descriptor)

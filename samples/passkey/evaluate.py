@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import famexport as fx
-from famexport.publish import atomic_write
+from famexport.publish import write_output
 from famexport.runtime.feeding import bundle_tokenizer
 from famexport.runtime.process import device_facts, rss_bytes, versions
 from samples.passkey.task import DIGITS, FILLERS, FORMS, Exam, Ids, Task
@@ -152,7 +152,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 def save(report: dict[str, Any], out: Path | None) -> None:
     """The report to a file, where one is wanted."""
     if out:
-        atomic_write(out, json.dumps(report, indent=1).encode() + b"\n")
+        write_output(out, json.dumps(report, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from famexport.config import PRESETS, preset
-from famexport.publish import atomic_write
+from famexport.publish import write_output
 from samples.scale import attention, fam, plot
 
 LENGTHS = (26_000, 52_000, 103_000, 155_000, 206_000, 258_000)  # tokens, the paper's
@@ -60,7 +60,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 def write(report: dict[str, Any], out: Path) -> None:
     """The report to a file; to stdout without the samples, as its last line."""
-    atomic_write(out, json.dumps(report, sort_keys=True).encode() + b"\n")
+    write_output(out, json.dumps(report, sort_keys=True).encode() + b"\n")
     print(json.dumps({name: value for name, value in report.items() if name != "latencies_ms"}, sort_keys=True))
 
 
@@ -68,7 +68,7 @@ def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     if options.mode == "plot":
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in options.reports]
-        atomic_write(options.out, plot.svg(reports))
+        write_output(options.out, plot.svg(reports))
         print("\n".join(plot.table(reports)))
     elif options.mode == "attention":
         config = preset(options.preset, block_size=options.block_size, fam_length=0, memory_segments=0)

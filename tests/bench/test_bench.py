@@ -14,6 +14,7 @@ import pytest
 from famexport.bench import roofline
 from famexport.bench.measure import ROUNDS, bench
 from famexport.bench.roofline import Ceilings
+from famexport.bench.tokens import PROMPTS, bench_tokens
 from famexport.bundle import open_bundle
 from famexport.errors import BundleError, NonFiniteError, ParityError, UsageError
 from famexport.runtime.ort import OrtLoop
@@ -260,6 +261,21 @@ def test_flops_and_bytes_of_the_floor(bundles: Bundles) -> None:
     assert report["results"][0]["roofline"]["floor_ms"] == pytest.approx(
         max(flops / 100e9, manifest.cost["weight_bytes_read"] / 10e9) * 1e3
     )
+
+
+@pytest.mark.parametrize(("name", "rows"), [("all", 1), ("all_rows", 3)])
+def test_the_floor_of_a_token_is_its_share_of_a_block(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, name: str, rows: int
+) -> None:
+    """Of the operations: the weights are read for every token."""
+    cost = open_bundle(bundles(name)).manifest.cost
+    floors = []
+    for ceilings in (Ceilings(1e9, 1.0), Ceilings(1.0, 1e9)):  # only the one counts, then only the other
+        monkeypatch.setattr(roofline, "measure_ceilings", lambda given=ceilings: given)
+        report, samples = bench_tokens(bundles(name), tokens=2, prompt=1, threads=1)
+        assert len(samples["ort-cpu"]["first"]) == PROMPTS  # and not the one before them, which warms up
+        floors.append(report["results"][0]["roofline"]["floor_ms"])
+    assert floors == pytest.approx([cost["flops_per_block"] * rows / 8 / 1e6, cost["weight_bytes_read"] / 1e6])
 
 
 def test_ceilings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

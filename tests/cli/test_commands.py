@@ -304,6 +304,24 @@ def test_doctor_survives_a_broken_package(famexport: Command, monkeypatch: pytes
     assert ["libcudart" in b["detail"] for b in found["backends"]] == [False, False, True, True, True, True, True]
 
 
+def test_build_lists_its_targets(famexport: Command, bundles: Bundles) -> None:
+    """Without a bundle, as well as with one."""
+    from famexport.engine.targets import TARGETS
+
+    for bundle in ((), (bundles("plain"),)):
+        lines = famexport("build", *bundle, "--target", "list").splitlines()
+        assert [line.split()[0] for line in lines] == list(TARGETS)
+        assert famexport.err == ""
+    assert "NVIDIA GeForce RTX 4090, tensorrt or tensorrt-rtx" in famexport.out
+    found = famexport.json("build", "--target", "list")
+    assert set(found) == set(TARGETS)
+    assert (found["h100"]["compute_capability"], found["h100"]["engines"]) == ("9.0", ["tensorrt"])
+    famexport("build", "--target", "h100", code=2)
+    assert famexport.err == "error: name a bundle: famexport build BUNDLE --target TARGET\n"
+    famexport("build", bundles("plain"), code=2)
+    assert "name a device with --target: jetson-orin-nano-jp6, " in famexport.err
+
+
 def test_version_and_help(famexport: Command) -> None:
     import famexport as package
 
@@ -314,6 +332,9 @@ def test_version_and_help(famexport: Command) -> None:
         assert all(f"\n  {command} " in shown for command in commands)
     for command in commands:
         assert famexport(command, "-h").startswith("Usage: ")
+    seed = famexport("compare", "-h").partition("--seed")[2].partition("--quiet")[0]
+    assert "Seed of the random input." in seed
+    assert "[default: 0; x>=0]" in seed
 
 
 def terminal(*arguments: object, **options: Any) -> tuple[int, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -19,6 +20,8 @@ import numpy as np
 import pytest
 
 from famexport.cli import _run, main
+from famexport.cli.options import MAX_THREADS
+from famexport.errors import BundleError
 
 ROOT = Path(__file__).parents[2]
 Paths = Callable[[str], Path]
@@ -113,6 +116,25 @@ def test_inspect_a_damaged_file(fails: Callable[..., str], bundles: Paths, tmp_p
     for data in (b"", b"hello" * 9, good.read_bytes()[:-1], b"\xff" * 100):
         path.write_bytes(data)
         fails(INVALID, "inspect", path, says=(path.name,))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".plan"])
+def test_inspect_does_not_wait_for_a_fifo(bundles: Paths, tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"a{suffix}")
+    with process("inspect", tmp_path / f"a{suffix}") as child:
+        out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (INVALID, "")
+    assert f"a{suffix} is no regular file" in err
+
+
+def test_inspect_a_plan_outside_of_a_bundle(
+    fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.plan").write_bytes(b"some bytes")
+    says = ("is in no bundle; expected BUNDLE/engines/TARGET/p.plan",)
+    fails(INVALID, "inspect", tmp_path / "p.plan", says=says)
+    monkeypatch.setattr(os.path, "abspath", lambda path: "/p.plan")  # too few folders to go up
+    fails(INVALID, "inspect", tmp_path / "p.plan", says=says)
 
 
 def test_configurations_that_are_not_implemented(
@@ -246,6 +268,7 @@ def test_options_that_cannot_be(fails: Callable[..., str], bundles: Paths, check
         (["export", "ckpt", "-o", "out", "--parity-blocks", "1"], "parity-blocks"),
         (["export", "ckpt", "-o", "out", "--tolerance", "-1"], "tolerance"),
         (["run", "bundle", "--threads", "0"], "threads"),
+        (["chat", "bundle", "--threads", "100000"], f"less than or equal to {MAX_THREADS}"),
         (["bench", "bundle", "--blocks", "1"], "blocks"),
         (["init", "-o", "out", "--block-size", "no"], "--block-size"),
         (["verify", "bundle", "--no-such-option"], "--no-such-option"),
@@ -287,21 +310,86 @@ def test_somebody_elses_directory_is_left_alone(
         fails(USAGE, "export", checkpoints("plain"), "-o", target, says=(str(target), says))
         fails(USAGE, "init", "-o", target, says=(str(target), says))
     assert listing(tmp_path) == before
-    fails(USAGE, "run", "bundle", "--scores", theirs, says=("bundle",))
+    fails(USAGE, "run", "bundle", "--scores", theirs, says=("is a directory, expected a file",))
     assert listing(tmp_path) == before
 
 
-def test_scores_and_reports_to_a_directory(fails: Callable[..., str], bundles: Paths, tmp_path: Path) -> None:
-    fails(
-        USAGE,
-        "run",
-        bundles("plain"),
-        "-i",
-        os.devnull,
-        "--scores",
-        tmp_path,
-        says=("is a directory, expected a file",),
-    )
+def test_where_no_file_can_be(fails: Callable[..., str], bundles: Paths, checkpoints: Paths) -> None:
+    says = ("cannot write to /proc/out: nothing can be made in /proc; give a path in another directory",)
+    fails(USAGE, "export", checkpoints("plain"), "-o", "/proc/out", says=says)
+    fails(USAGE, "run", bundles("plain"), "--scores", "/proc/out", says=says)
+
+
+@pytest.mark.parametrize("option", ["--scores", "--save-state", "--json", "--samples", "--html"])
+def test_outputs_are_checked_before_the_work(
+    fails: Callable[..., str], bundles: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    from famexport.bench import measure
+
+    def work(*args: Any, **options: Any) -> None:
+        pytest.fail("it worked first")
+
+    read, write = os.pipe()
+    os.write(write, b"1 2 3")
+    os.close(write)
+    monkeypatch.setattr(measure, "bench", work)
+    command = "run" if option in ("--scores", "--save-state") else "bench"
+    with open(read) as given:
+        monkeypatch.setattr(sys, "stdin", given)
+        fails(USAGE, command, bundles("plain"), option, tmp_path, says=(f"{tmp_path} is a directory, expected a file",))
+        assert os.read(read, 99) == b"1 2 3"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_on_stdout(bundles: Paths, tmp_path: Path) -> None:
+    with process("run", bundles("plain"), "-q", "--scores", "/dev/stdout", stdin=subprocess.PIPE) as child:
+        out, err = child.communicate("1 2 3", timeout=60)
+    assert (child.returncode, err) == (0, "")
+    assert out.startswith("nan\n")
+    assert len(out.splitlines()) == 3
+
+
+@pytest.mark.parametrize("command", [["run"], ["chat"]])
+def test_stdin_that_is_closed(bundles: Paths, command: list[str]) -> None:
+    shell = ["/bin/sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "famexport", *command, str(bundles("text"))]
+    done = subprocess.run(shell, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (USAGE, "")
+    assert done.stderr.startswith("error: stdin is closed, expected something to read there")
+    assert "--input" in done.stderr
+
+
+# What files say, on a terminal
+
+
+TRAP = "\x1b]0;pwned\x07\x9b31m\u202e"
+
+
+def test_errors_hold_no_commands_for_a_terminal(
+    fails: Callable[..., str], bundles: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import famexport.runtime.selftest as selftest
+
+    for error, code in ((BundleError, INVALID), (ZeroDivisionError, 1)):
+        monkeypatch.setattr(selftest, "verify", lambda *_, e=error, **__: (_ for _ in ()).throw(e(f"tensor {TRAP} é")))
+        said = fails(code, "verify", bundles("plain"), says=(r"\x1b]0;pwned\x07\x9b31m\u202e é",))
+        assert said[:-1].isprintable()
+
+
+def test_names_hold_no_commands_for_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import onnx
+
+    node = onnx.helper.make_node(f"Op{TRAP}", ["x"], ["y"], domain="other")
+    graph = onnx.helper.make_graph([node], "g", [], [])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    onnx.helper.set_model_props(model, {f"key{TRAP}": f"value{TRAP}\nstep contract: yes"})
+    path = tmp_path / f"{TRAP}.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert _run(["inspect", str(path)], False) == 0
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n"))
+    for word in ("Op", "key", "value"):
+        assert rf"{word}\x1b]0;pwned\x07" in out
+    assert r"\nstep contract: yes" in out
 
 
 def test_too_small_a_tolerance(fails: Callable[..., str], checkpoints: Paths, tmp_path: Path, no_litter: None) -> None:
@@ -406,6 +494,47 @@ def until(condition: Callable[[], bool], child: subprocess.Popen[str], seconds: 
         assert child.poll() is None, child.communicate()
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["--version"],
+        ["doctor"],
+        ["inspect", "B"],
+        ["inspect", "B", "--json"],
+        ["run", "B"],
+        ["run", "B", "--json"],
+        ["run", "B", "--generate", "2"],
+        ["build", "--target", "list"],
+        ["recipe", "show", "h100-bf16"],
+    ],
+)
+def test_a_full_stdout_is_called_so(
+    bundles: Paths, command: list[str], unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    arguments = [str(bundles("plain")) if argument == "B" else argument for argument in command]
+    with open("/dev/full", "wb") as full, process(*arguments, stdin=subprocess.PIPE, stdout=full) as child:
+        _, err = child.communicate("1 2 3", timeout=60)
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (child.returncode, len(said)) == (1, 1), err
+    assert said[0].startswith("error: cannot write to stdout: No space left on device")
+    assert "Exception ignored" not in err
+
+
+def test_a_full_disk_is_not_taken_for_stdout(
+    fails: Callable[..., str], bundles: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import famexport.runtime.selftest as selftest
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(selftest, "verify", full)
+    assert "stdout" not in fails(1, "verify", bundles("plain"), says=("OSError: [Errno 28] No space left on device",))
 
 
 @pytest.mark.parametrize("there_before", [False, True])

@@ -14,6 +14,7 @@ import pytest
 from test_commands import Command
 
 import famexport as fx
+from famexport.errors import InvalidInputError
 from tests.chatting import WORDS, talking_checkpoint
 
 Bundles = Callable[[str], Path]
@@ -129,6 +130,36 @@ def test_saved_state_goes_on(famexport: Command, talking: Path, tmp_path: Path, 
     assert state.read_bytes() == saved
     stdin("")
     assert famexport.json("run", talking, "--load-state", state, "--generate", 2)["generated"] > 0  # nothing to add
+    for options in ((), ("--generate", 2)):
+        stdin("")
+        shown = famexport("run", talking, "--load-state", state, *options) + famexport.err
+        assert "0 in 0 whole blocks" in shown
+        assert "after the first block" not in shown
+        assert "at the end" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("last", "logits at block ends only"), ("embeds", "it cannot generate"), ("rows", "--batch 1")]
+)
+def test_what_cannot_generate_is_said_before_the_input_is_read(
+    famexport: Command, bundles: Bundles, stdin: Callable[[str], None], name: str, says: str
+) -> None:
+    stdin("1 2 3")
+    famexport("run", bundles(name), "--generate", 3, code=2)
+    assert says in famexport.err
+    assert sys.stdin.buffer.read() == b"1 2 3"
+
+
+def test_end_tokens_are_found_before_the_input_is_read(
+    famexport: Command, talking: Path, stdin: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: Any) -> None:
+        raise InvalidInputError("no such token")
+
+    monkeypatch.setattr("famexport.chat_template.stop_ids", damaged)
+    stdin("what is rain")
+    famexport("run", talking, "--generate", 3, code=3)
+    assert sys.stdin.buffer.read() == b"what is rain"
 
 
 def test_states_that_do_not_fit(
@@ -162,6 +193,20 @@ def test_chat(famexport: Command, talking: Path, stdin: Callable[[str], None]) -
     stdin("what is rain\nand why\n")
     plain = famexport("chat", talking, "--max-new-tokens", 40).splitlines()
     assert plain == [line["answer"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "form", [{"encoding": "utf-8"}, {"encoding": "ascii", "errors": "surrogateescape"}, {"encoding": "latin-1"}]
+)
+def test_chat_takes_utf_8_whatever_the_locale(
+    famexport: Command, talking: Path, monkeypatch: pytest.MonkeyPatch, form: dict[str, str]
+) -> None:
+    given = "what is rain\r\né\n".encode() + b"ab caf\xe9\nand why\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), **form))
+    printed = famexport("chat", talking, "--json", "--max-new-tokens", 2, code=3)
+    assert [json.loads(line)["message"] for line in printed.splitlines()] == ["what is rain", "é"]
+    assert "line 3 of the input: invalid UTF-8 at byte 6" in famexport.err
+    assert famexport.err.endswith("; give the text as UTF-8\n")
 
 
 def test_chat_needs_a_template(famexport: Command, bundles: Bundles, stdin: Callable[[str], None]) -> None:

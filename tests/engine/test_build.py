@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -10,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from famexport.bundle import engine_bytes, open_bundle
 from famexport.config import preset
-from famexport.engine.build import build_engines
+from famexport.engine.build import _build_one, _lock, build_engines
 from famexport.engine.build_options import BuildOptions
 from famexport.engine.network import build_failure
 from famexport.engine.targets import TARGETS
@@ -151,6 +153,68 @@ def test_litter_is_removed_by_the_next_build_and_never_named(bundle: Bundles) ->
     assert [p.name for p in folder.iterdir()] == [entry.file]
 
 
+def test_of_two_builds_for_one_target_the_second_is_refused(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the plans of the first for litter, and the manifest would come to name what is gone."""
+    path, refused = bundle("all"), []
+
+    def build_one(*args: Any) -> Any:
+        entry = _build_one(*args)
+        if len(refused) < 2:
+            refused.append(entry.file)
+            with pytest.raises(FamExportError, match="another process builds engines for l4 in .*; wait until it has"):
+                build_engines(path, "l4", options=BuildOptions(optimization_level=1))
+        return entry
+
+    monkeypatch.setattr("famexport.engine.build._build_one", build_one)
+    built = build_engines(path, "l4").engines
+    assert len(refused) == 2
+    opened = open_bundle(path)
+    assert set(opened.manifest.engines) == {entry.name for entry in built}
+    assert all(engine_bytes(opened, entry) for entry in built)
+
+
+def test_what_another_build_published_meanwhile_is_kept(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the bundle and being its builder; also where the build fails."""
+    path = bundle("fp16")
+    opened = open_bundle(path)
+    (entry,) = build_engines(path, "l4").engines
+    assert build_engines(opened, "l4").kept == ["block_step"]
+
+    def fail(*_: Any) -> None:
+        raise EngineError("not what was asked")
+
+    monkeypatch.setattr("famexport.engine.build._build_one", fail)
+    with pytest.raises(EngineError):
+        build_engines(opened, "l4", options=BuildOptions(optimization_level=1))
+    assert engine_bytes(open_bundle(path), entry)
+
+
+def test_a_folder_removed_while_it_is_locked_is_locked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a build that fails, and removes its empty folders."""
+    real, removed = fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        real(descriptor, operation)
+        if len(removed) < 3:
+            (tmp_path / "engines" / "l4").rmdir()
+            (tmp_path / "engines").rmdir()
+            if len(removed) == 1:
+                (tmp_path / "engines" / "l4").mkdir(parents=True)  # another one
+            removed.append(descriptor)
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = _lock(tmp_path, "engines", "l4", wait=False)
+    assert len(removed) == 3
+    assert os.path.samestat(os.fstat(lock), os.stat(tmp_path / "engines" / "l4"))
+    with pytest.raises(BlockingIOError):
+        _lock(tmp_path, "engines", "l4", wait=False)
+    os.close(lock)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(FileNotFoundError):
+        _lock(tmp_path / "none", "engines")
+
+
 @pytest.mark.parametrize("where", ["engines", "engines/l4"])
 def test_no_plan_is_written_or_removed_through_a_link(bundle: Bundles, tmp_path: Path, where: str) -> None:
     path, outside = bundle("fp16"), tmp_path / "outside"
@@ -171,7 +235,14 @@ def test_no_plan_is_written_or_removed_through_a_link(bundle: Bundles, tmp_path:
         ("t4", "plain", None, IncompatibleError, "has no fp32 in tensorrt-rtx; export with --precision fp16"),
         ("h100", "fp16", "tensorrt-rtx", IncompatibleError, "no engines for h100 .compute capability 9.0"),
         ("jetson-orin-nx-jp6", "fp16", "tensorrt-rtx", IncompatibleError, "--engine tensorrt on the device itself"),
-        ("jetson-thor", "fp16", None, IncompatibleError, "needs the package 'tensorrt'.*famexport.tensorrt"),
+        (
+            "jetson-thor",
+            "fp16",
+            None,
+            IncompatibleError,
+            "this machine .* x86_64, .*Thor .11.0, aarch64.*run this there",
+        ),
+        ("h100", "fp16", None, IncompatibleError, "needs the package 'tensorrt'.*famexport.tensorrt"),
         ("rtx-9999", "fp16", None, UsageError, "no target 'rtx-9999'; expected one of"),
         ("l4", "fp16", "onnx", UsageError, "no engine 'onnx'; expected tensorrt or tensorrt-rtx"),
     ],
@@ -185,6 +256,13 @@ def test_what_cannot_be_built(
         build_engines(path, target, engine=engine)
     assert (path / "manifest.json").read_bytes() == before
     assert not (path / "engines").exists()
+
+
+def test_a_jetson_without_its_tensorrt_is_not_sent_to_pypi(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("famexport.runtime.tensorrt_api.platform.machine", lambda: "aarch64")
+    with pytest.raises(IncompatibleError, match="JetPack's own TensorRT.*python3-libnvinfer") as caught:
+        build_engines(bundle("fp16"), "jetson-orin-nx-jp6")
+    assert "pip install" not in str(caught.value)
 
 
 def test_sm75_itself_refuses_bfloat16(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +410,7 @@ def test_engines_in_a_manifest_are_checked(bundle: Bundles) -> None:
 
 
 def test_a_build_without_memory_says_what_to_lower() -> None:
-    error = build_failure("block_step for l4", ["Error Code 2: OutOfMemory (Requested size was 1 bytes.)"], None)
+    error = build_failure("block_step for l4", ["Error Code 2: OutOfMemory (Requested size was 1 bytes.)"])
     assert type(error) is FamExportError
     assert "lower --workspace or --optimization-level" in str(error)
 

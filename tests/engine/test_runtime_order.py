@@ -21,11 +21,13 @@ from famexport.engine import build as build_module
 from famexport.engine.build import build_engines
 from famexport.engine.build_options import BuildOptions
 from famexport.engines import DeviceTuple, EngineEntry, read_entries
-from famexport.errors import EngineError, IncompatibleError, UntrustedError
-from famexport.runtime.tensorrt import EngineSet, choose_engines, device_problems, load_engine, this_device
+from famexport.errors import EngineError, IncompatibleError, SnapshotError, UntrustedError
+from famexport.runtime.session import Session
+from famexport.runtime.tensorrt import EngineSet, Tensorrt, choose_engines, device_problems, load_engine, this_device
 from famexport.runtime.tensorrt_api import DTYPES, new_logger
 from famexport.runtime.trust import trust
 from tests.engine.fake_tensorrt import fake_module
+from tests.runtime.fake_cuda import FakeCuda as LoopCuda
 
 RELEASES = ("10.3.0", "10.13.3.9", "11.4.0.106")
 FACTS = {"name": "NVIDIA L4", "compute_capability": [8, 9], "memory_bytes": 24 << 30, "runtime": 12060}
@@ -138,10 +140,13 @@ def test_a_graph_that_cannot_be_parsed(trt: Any, bundle: Callable[[str], Path]) 
         build_engines(bundle("fp16"), "l4")
 
 
-def test_another_gpu_or_version_than_the_targets(trt: Any, bundle: Callable[[str], Path]) -> None:
+def test_another_gpu_or_version_than_the_targets(
+    trt: Any, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(IncompatibleError, match=r"has NVIDIA L4 .8.9.*a100 is NVIDIA A100.*run this there"):
         build_engines(bundle("fp16"), "a100")
     if not str(trt.__version__).startswith("10.3"):
+        monkeypatch.setattr("famexport.runtime.tensorrt_api.platform.machine", lambda: "aarch64")
         with pytest.raises(IncompatibleError, match=r"TensorRT here is .*, jetson-orin-nx-jp6 has 10.3 to before 10.4"):
             build_engines(bundle("fp16"), "jetson-orin-nx-jp6")
 
@@ -201,12 +206,13 @@ def test_a_modified_engine_with_a_modified_manifest_is_still_foreign(trt: Any, b
 
 
 def test_a_trust_store_that_others_can_write_vouches_for_nothing(trt: Any, built: Path, trust_store: Path) -> None:
-    trust_store.chmod(0o777)
-    with pytest.raises(UntrustedError, match="no other can write; chmod 700"):
-        loading(trt, built)
-    assert not trt.called("Runtime.deserialize_cuda_engine")
-    with pytest.raises(UntrustedError):
-        trust("0" * 64)
+    for mode in (0o720, 0o702, 0o777):
+        trust_store.chmod(mode)
+        with pytest.raises(UntrustedError, match="no other can write; chmod 700"):
+            loading(trt, built)
+        assert not trt.called("Runtime.deserialize_cuda_engine")
+        with pytest.raises(UntrustedError):
+            trust("0" * 64)
 
 
 def test_an_engine_without_weights_is_not_run(trt: Any, built: Path) -> None:
@@ -299,6 +305,28 @@ def test_contexts_get_scratch_and_addresses_before_they_run(trt: Any, built: Pat
     engines.close()
     engines.close()
     assert cuda.allocated == {}
+
+
+def test_a_snapshot_names_the_engine(trt: Any, built: Path) -> None:
+    """Two builds of one bundle may round differently."""
+
+    class Device(LoopCuda):
+        facts = FakeCuda.facts
+
+    def opened() -> Any:
+        bundle = open_bundle(built)
+        return Session(bundle, Tensorrt(bundle, "tensorrt", cuda=Device()))
+
+    with opened() as session, session.stream() as stream:
+        saved = stream.snapshot()
+    with opened() as session, session.stream() as stream:
+        stream.restore(saved)
+    trt.on("Builder.build_serialized_network", lambda self, network, config: trt.host_memory(PLAN[::-1]))
+    build_engines(built, "l4", options=BuildOptions(optimization_level=1))
+    with opened() as session, session.stream() as stream:
+        with pytest.raises(SnapshotError, match="it was taken on tensorrt .*, this is tensorrt .*--any-engine"):
+            stream.restore(saved)
+        stream.restore(saved, any_engine=True)
 
 
 def test_aliases_are_asked_for_where_the_release_has_them(trt: Any, built: Path) -> None:
