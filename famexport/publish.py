@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from famexport.errors import FamExportError, UsageError
-from famexport.runtime.interrupts import uninterrupted
+from famexport.interrupts import uninterrupted
 
 _NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100
 # EPERM as well: sandboxes answer unknown system calls with it, and where it is genuine the plain rename says so too.

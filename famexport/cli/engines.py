@@ -182,7 +182,7 @@ def recipe_copy(
     ] = None,
 ) -> None:
     """Copy a recipe, to change it."""
-    from famexport.publish import atomic_write
+    from famexport.publish import write_output
     from famexport.recipe import load_recipe, recipe_path
 
     load_recipe(name)
@@ -190,5 +190,5 @@ def recipe_copy(
     target = output or Path(source.name)
     if target.exists():
         raise UsageError(f"{target} is there already; give another path with -o")
-    atomic_write(target, source.read_bytes())
+    write_output(target, source.read_bytes())
     err.print(f"{target}: use it with --recipe {target}", markup=False)

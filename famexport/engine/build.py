@@ -43,9 +43,9 @@ from famexport.errors import (
     UsageError,
     raise_problems,
 )
+from famexport.interrupts import uninterrupted
 from famexport.manifest import ENGINES
-from famexport.publish import atomic_write
-from famexport.runtime.interrupts import uninterrupted
+from famexport.publish import atomic_write, write_output
 from famexport.runtime.tensorrt import this_device
 from famexport.runtime.tensorrt_api import MODULES, host_facts, import_tensorrt, new_logger
 from famexport.runtime.trust import is_trusted, trust
@@ -244,7 +244,7 @@ def _build_one(
         check_plan(trt, logger, data, bundle.contract.graph(name), what)
         checked = "engine"
         if options.timing_cache:
-            atomic_write(options.timing_cache, bytes(config.get_timing_cache().serialize()))
+            write_output(options.timing_cache, bytes(config.get_timing_cache().serialize()))
     digest = hashlib.sha256(data).hexdigest()
     file = f"{name}-{key}.plan"
     folder = bundle.path / ENGINES / target.name

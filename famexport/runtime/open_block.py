@@ -8,10 +8,10 @@ import numpy as np
 
 from famexport.contract import OPEN_LENGTH
 from famexport.errors import ContractError, NonFiniteError, SnapshotError
+from famexport.interrupts import uninterrupted
 from famexport.runtime.backend import STORAGE, Arrays, Loop
 from famexport.runtime.chunks import chunk_width
 from famexport.runtime.host import is_finite
-from famexport.runtime.interrupts import uninterrupted
 from famexport.runtime.snapshot import Origin, Snapshot
 from famexport.runtime.stream import Stream
 

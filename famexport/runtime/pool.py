@@ -22,9 +22,9 @@ from types import TracebackType
 import numpy as np
 
 from famexport.errors import BackpressureError, UsageError
+from famexport.interrupts import uninterrupted
 from famexport.runtime.backend import STORAGE, Loop
 from famexport.runtime.chunks import chunk_width
-from famexport.runtime.interrupts import uninterrupted
 from famexport.runtime.pool_stream import PoolStream
 from famexport.runtime.snapshot import Origin
 from famexport.runtime.stream import check_policy

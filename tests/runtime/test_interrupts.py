@@ -16,8 +16,8 @@ from streaming import random_input, same_state
 
 import famexport as fx
 from famexport.errors import UsageError
+from famexport.interrupts import uninterrupted
 from famexport.runtime.host import HostLoop
-from famexport.runtime.interrupts import uninterrupted
 from famexport.runtime.ort import OrtLoop
 
 Sessions = Callable[..., Any]
