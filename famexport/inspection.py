@@ -145,7 +145,7 @@ def _graph(path: Path) -> dict[str, Any]:
         "kind": "graph",
         "opset": facts.opset,
         "ir_version": facts.ir_version,
-        "operators": sorted(kind for _, kind in facts.operators),
+        "operators": sorted(f"{domain}.{kind}" if domain else kind for domain, kind in facts.operators),
         "external_files": sorted({e.location for e in facts.external}),
         "step_contract": METADATA_KEY in facts.metadata,
         "metadata": {key: value for key, value in facts.metadata.items() if key != METADATA_KEY},

@@ -20,10 +20,15 @@ def uninterrupted() -> Iterator[Sequence[Any]]:
         yield ()
         return
     waiting: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda *about: waiting.append(about))
+
+    def put_off(*about: Any) -> None:
+        waiting.append(about)
+
+    signal.signal(signal.SIGINT, put_off)
     try:
         yield waiting
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if signal.getsignal(signal.SIGINT) is put_off:  # or else someone set another meanwhile
+            signal.signal(signal.SIGINT, handler)
         if waiting:
             handler(*waiting[-1])

@@ -156,6 +156,8 @@ def _staged(path: Path) -> Iterator[Callable[[bytes], None]]:
             claimed = staged, lock = _claim(path, _make_file)
         yield _writer(lock, path)
         with _mapped(path, "file"):
+            if stat.S_ISREG(mode := _mode(path)):  # who may read it is the user's to say
+                os.fchmod(lock, mode & 0o777)
             os.fsync(lock)
             os.replace(staged, path)
             _fsync(path.parent)

@@ -5,7 +5,7 @@ lies. famexport needs both: checkpoints larger than memory, and byte offsets, si
 safetensors file that the ONNX graphs point into as external data.
 Format: https://huggingface.co/docs/safetensors/index#format
 
-A header is read as strictly as the package reads it: what it would refuse is refused here, before anything is done.
+A header is read at least as strictly as the package reads it, but for odd ways to write a number.
 """
 
 from __future__ import annotations
@@ -189,6 +189,8 @@ def _entry(name: str, info: Mapping[str, Any], base: int) -> TensorEntry:
     named = f"{name!r:.100}"
     if set(info) != _ENTRY:
         raise ValueError(f"{named} has {sorted(info)!r:.100}, expected {sorted(_ENTRY)}")
+    if not isinstance(info["shape"], list) or not isinstance(info["data_offsets"], list):
+        raise ValueError(f"{named} has a shape or offsets that are no lists")
     shape = tuple(info["shape"])
     begin, end = info["data_offsets"]
     if info["dtype"] not in _DTYPES:

@@ -779,3 +779,12 @@ def test_outputs_are_checked_as_they_are_written(tmp_path: Path, monkeypatch: py
     assert sorted(os.listdir(tmp_path)) == before
     assert os.listdir(folder) == []
     assert file.read_text() == "old"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_file_that_is_written_again_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    write_output(tmp_path / "out", b"old")
+    (tmp_path / "out").chmod(mode)
+    write_output(tmp_path / "out", b"new")
+    assert (tmp_path / "out").read_bytes() == b"new"
+    assert (tmp_path / "out").stat().st_mode & 0o777 == mode

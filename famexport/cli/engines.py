@@ -188,7 +188,7 @@ def recipe_copy(
     load_recipe(name)
     source = recipe_path(name)
     target = output or Path(source.name)
-    if target.exists():
+    if target.is_file():
         raise UsageError(f"{target} is there already; give another path with -o")
     write_output(target, source.read_bytes())
     err.print(f"{target}: use it with --recipe {target}", markup=False)

@@ -36,30 +36,25 @@ class AppendStream(Stream):
             return self._whole_block(loop, rows, self._new_logits() if out is None else out)
         shape = self.batch, count if every else 1, self.contract.vocab_size
         given = np.empty(shape, np.float32) if out is None else out.reshape(-1)[: prod(shape)].reshape(shape)
-        start = self.held
+        start, blocks = self.held, self.blocks
         try:
             bad = self._append_all(loop, rows, given)
+            if not bad and not self.room:
+                with uninterrupted():
+                    loop.commit()  # of the block's end
+                    self.held, self.blocks = 0, self.blocks + 1
+                    self._keep_last(given[:, -1])
         except BaseException:  # the engine failed, or someone pressed Ctrl-C
-            self._take_back(loop, start)
+            if self.blocks == blocks:
+                self._take_back(loop, start)
             raise
         if bad:
             self._take_back(loop, start)
             self._refuse(loop, bad)
             return given
-        if not self.room:
-            self._end_block(loop, start)
-        self._keep_last(given[:, -1])
+        if self.held:
+            self._keep_last(given[:, -1])
         return given
-
-    def _end_block(self, loop: Loop, start: int) -> None:
-        """Commit the block's end, which is computed."""
-        with uninterrupted():
-            try:
-                loop.commit()
-            except BaseException:
-                self._take_back(loop, start)
-                raise
-            self.held, self.blocks = 0, self.blocks + 1
 
     def _take_back(self, loop: Loop, held: int) -> None:
         self.held = held
@@ -126,7 +121,7 @@ class PaddedStream(Stream):
 
     def add(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """See ``Stream.add``."""
-        loop, before = self._live(), self.held
+        loop, before, blocks = self._live(), self.held, self.blocks
         end, every = before + rows.shape[1], self.contract.logits == "all"
         logits = self._new_logits() if out is None else out
         if rows.shape[1] < self.contract.block_size:
@@ -139,7 +134,8 @@ class PaddedStream(Stream):
             except NonFiniteError:
                 raise
             except BaseException:
-                self.held = before
+                if self.blocks == blocks:
+                    self.held = before
                 raise
             return logits[:, before:] if every and before else logits
         if not every:

@@ -109,11 +109,18 @@ class Pool:
     def _serve(self, stream: PoolStream) -> None:
         """Return when there is something for ``stream``, or a round has been run: by this thread if nobody else is at
         the engine, or else by whoever is."""
+        while not self._wait_or_run(stream):
+            pass  # it was interrupted, by a handler that lets it go on
+
+    def _wait_or_run(self, stream: PoolStream) -> bool:
+        """``_serve``; False where an interrupt came first. Its handler has run then."""
         with uninterrupted() as interrupts:
             with self._queues:
                 while True:
-                    if stream._has_something() or interrupts:
-                        return
+                    if stream._has_something():
+                        return True
+                    if interrupts:
+                        return False
                     if self._engine.acquire(blocking=False):
                         break
                     self._queues.wait(_LOOK_S)
@@ -121,6 +128,7 @@ class Pool:
                 self._live()
                 self._gather()
                 self._round()
+                return True
             finally:
                 self._engine.release()
                 with self._queues:

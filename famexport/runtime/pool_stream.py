@@ -10,6 +10,7 @@ import numpy as np
 
 from famexport.contract import OPEN_LENGTH
 from famexport.errors import BackpressureError, NonFiniteError, SnapshotError, UsageError
+from famexport.interrupts import uninterrupted
 from famexport.runtime.backend import Arrays, Loop, to_public
 from famexport.runtime.pieces import Pieces
 from famexport.runtime.snapshot import Snapshot
@@ -112,7 +113,7 @@ class PoolStream(TokenStream):
 
     def reset(self) -> None:
         """Make this a fresh stream; what is queued or uncollected is dropped."""
-        with self._pool._exclusive(), self._pool._queues:
+        with uninterrupted(), self._pool._exclusive(), self._pool._queues:
             self._live()
             self._begin_again(self._pool._live())
 
@@ -138,7 +139,7 @@ class PoolStream(TokenStream):
 
     def restore(self, saved: Snapshot, *, any_engine: bool = False) -> None:
         """As ``Stream.restore``; what is queued or uncollected is dropped."""
-        with self._pool._exclusive(), self._pool._queues:
+        with uninterrupted(), self._pool._exclusive(), self._pool._queues:
             self._live()
             saved.check(self._pool._origin, 1, any_engine)
             held = int(saved.state[OPEN_LENGTH][0]) if OPEN_LENGTH in saved.state else 0

@@ -12,7 +12,7 @@ from typing import Any
 from famexport.bundle import Bundle, open_bundle
 from famexport.config import FamConfig
 from famexport.contract import QUANTIZED, StepContract
-from famexport.errors import BundleError, IncompatibleError, UntrustedError, UsageError
+from famexport.errors import BundleError, FamExportError, IncompatibleError, UntrustedError, UsageError
 from famexport.runtime.backend import Backend, Loop
 from famexport.runtime.open_block import AppendStream, PaddedStream
 from famexport.runtime.pool import Pool
@@ -127,17 +127,21 @@ def load(
     base, colon, _ = backend.partition(":")
     if base not in ("auto", *BACKENDS) or (colon and not base.startswith("torch")):
         raise UsageError(f"no backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
-    for attempt in (1, 2, 3):
+    for attempts_left in (2, 1, 0):
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, progress=progress)
-        session = _load(opened, backend, threads)
+        last = opened is bundle or not attempts_left
         try:
-            opened.require_unchanged()  # an exporter may have published anew while it was loaded
-            return session
-        except BundleError:
-            session.close()
-            if attempt == 3 or isinstance(bundle, Bundle):
+            session = _load(opened, backend, threads)
+        except FamExportError:
+            if last or opened.is_unchanged():
                 raise
-    raise AssertionError("unreachable")
+            continue  # an exporter published anew while it was loaded
+        if opened.is_unchanged():
+            return session
+        session.close()
+        if last:
+            break
+    raise BundleError(f"{opened.path} was replaced while it was loaded; load it again")
 
 
 def _load(opened: Bundle, backend: str, threads: int | None) -> Session:

@@ -12,6 +12,7 @@ import numpy as np
 
 from famexport.contract import StepContract
 from famexport.errors import ContractError, NonFiniteError, UsageError, raise_problems
+from famexport.interrupts import uninterrupted
 from famexport.runtime.backend import Arrays, Loop, check_array, to_public, to_storage
 from famexport.runtime.generate import Sampler, generate
 from famexport.runtime.host import is_finite
@@ -207,9 +208,10 @@ class Stream(TokenStream):
         self._begin_again(loop)
 
     def _begin_again(self, loop: Loop) -> None:
-        self.held = self.blocks = 0
-        self._has_last = False
-        loop.zero(None)
+        with uninterrupted():
+            self.held = self.blocks = 0
+            self._has_last = False
+            loop.zero(None)
 
     def state(self) -> Arrays:
         """Copies of the state, by contract name; bfloat16 comes as float32, exactly.
@@ -233,7 +235,7 @@ class Stream(TokenStream):
         bad = [name for name, array in stored.items() if not is_finite(array)]
         raise_problems(ContractError, "load_state", [f"{name} has NaN or infinity" for name in bad])
         held = self._held_in(stored)
-        with self._fresh_after_failure(loop):
+        with uninterrupted(), self._fresh_after_failure(loop):
             loop.write(stored)
             self.held, self._has_last = held, False
 
@@ -263,13 +265,14 @@ class Stream(TokenStream):
         """
         loop = self._live()
         saved.check(self._origin, self.batch, any_engine)
-        held = self._load_open(saved)
-        with self._fresh_after_failure(loop):
-            loop.zero(None)
-            loop.write({name: array for name, array in saved.state.items() if name in self._state_names()})
-            self.held, self.blocks, self._has_last = held, saved.blocks, saved.last_logits is not None
-            if saved.last_logits is not None:
-                np.copyto(self._last, saved.last_logits)
+        with uninterrupted():
+            held = self._load_open(saved)
+            with self._fresh_after_failure(loop):
+                loop.zero(None)
+                loop.write({name: array for name, array in saved.state.items() if name in self._state_names()})
+                self.held, self.blocks, self._has_last = held, saved.blocks, saved.last_logits is not None
+                if saved.last_logits is not None:
+                    np.copyto(self._last, saved.last_logits)
 
     def close(self) -> None:
         """Give back the stream's memory. Closing twice does nothing."""

@@ -12,7 +12,8 @@ from famexport.runtime.backend import STORAGE, Backend, Loop
 from famexport.runtime.device import DeviceLoop
 from famexport.runtime.device_weights import DeviceWeights
 from famexport.runtime.layout import ring_layout
-from famexport.runtime.ort_ring import _TYPES, RingEnqueuer, ring_files
+from famexport.runtime.ort_io import DTYPES
+from famexport.runtime.ort_ring import RingEnqueuer, ring_files
 from famexport.runtime.session import Session
 from tests.runtime.fake_cuda import FakeCuda, view
 
@@ -33,7 +34,7 @@ class CpuRing(RingEnqueuer):
     def compute(self, graph: str, addresses: Mapping[str, int]) -> None:
         session = self._sessions[graph]
         self.used.append(graph)
-        taken = {v.name: view(addresses[v.name], STORAGE[_TYPES[v.type]], v.shape) for v in session.get_inputs()}
+        taken = {v.name: view(addresses[v.name], STORAGE[DTYPES[v.type]], v.shape) for v in session.get_inputs()}
         for value, array in zip(session.get_outputs(), session.run(None, taken), strict=True):
             view(addresses[value.name], array.dtype, array.shape)[...] = array
             if self.spoil >= 0 and value.name.startswith(("present_key", "present_open_key")):

@@ -12,7 +12,7 @@ from fake_cuda import FakeCuda, view
 
 from famexport.kernels.library import FOLDER
 from famexport.runtime.backend import STORAGE
-from famexport.runtime.ort_ring import _TYPES
+from famexport.runtime.ort_io import DTYPES
 
 
 class FakeSession:
@@ -67,7 +67,7 @@ class FakeSession:
                 raise RuntimeError("operation not permitted when stream is capturing")
             if number != "-1":
                 addresses = self.contexts.setdefault(threading.get_ident(), {}).setdefault(number, addresses)
-        taken = {v.name: view(addresses[v.name], STORAGE[_TYPES[v.type]], v.shape) for v in self.get_inputs()}
+        taken = {v.name: view(addresses[v.name], STORAGE[DTYPES[v.type]], v.shape) for v in self.get_inputs()}
         for value, array in zip(self.get_outputs(), self.inner.run(None, taken), strict=True):
             view(addresses[value.name], array.dtype, array.shape)[...] = array
 

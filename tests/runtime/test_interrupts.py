@@ -45,6 +45,16 @@ def test_an_interrupt_comes_after_the_block() -> None:
     assert not waiting
 
 
+def test_a_handler_that_is_set_within_stays() -> None:
+    before, later = signal.getsignal(signal.SIGINT), signal.Handlers.SIG_IGN
+    try:
+        with uninterrupted():
+            signal.signal(signal.SIGINT, later)
+        assert signal.getsignal(signal.SIGINT) == later
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_is_not_lost_to_an_error() -> None:
     with pytest.raises(KeyboardInterrupt) as caught, uninterrupted():
         interrupt()
@@ -104,8 +114,12 @@ def test_an_interrupted_round_is_told_of(
         assert state_bytes(stream) == state_bytes(other)
 
 
-def test_an_interrupt_ends_a_wait_for_another_thread(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits while another thread is at the engine is not deaf; and the pool goes on."""
+@pytest.mark.parametrize("raises", [True, False], ids=["one that raises", "one that does not"])
+def test_an_interrupt_in_a_wait_for_another_thread(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch, raises: bool
+) -> None:
+    """Whoever waits while another thread is at the engine is not deaf; he waits on if the handler has it so (asyncio's
+    does), and the pool goes on in any case."""
     session = sessions("all_dynamic")
     fed = random_input(session.contract, 8)
     entered, go_on, real = threading.Event(), threading.Event(), OrtLoop._run
@@ -122,14 +136,55 @@ def test_an_interrupt_ends_a_wait_for_another_thread(sessions: Sessions, monkeyp
         thread.start()
         assert entered.wait(30)
         threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
-            list(stream.feed([fed]))
-        go_on.set()
+        if raises:
+            with pytest.raises(KeyboardInterrupt):
+                list(stream.feed([fed]))
+            go_on.set()
+            pool.run()
+            assert stream.take()
+        else:
+            before = signal.signal(signal.SIGINT, lambda *_: go_on.set())
+            try:
+                assert np.concatenate(list(stream.feed([fed])), axis=1).shape[1] == 8
+            finally:
+                signal.signal(signal.SIGINT, before)
         thread.join(30)
         assert not thread.is_alive()
-        pool.run()
-        assert stream.take()
         assert stream.blocks == other.blocks == 1
+
+
+def test_an_interrupt_before_a_blocks_end_is_committed(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end is computed then, and the piece is taken back with it."""
+    session = sessions("all")
+    fed = random_input(session.contract, 16)
+    with session.stream() as stream, session.stream() as spared:
+        wanted = list(spared.feed([fed[:, :5], fed[:, 5:]]))
+        list(stream.feed([fed[:, :5]]))
+        with monkeypatch.context() as patch:
+            patch.setattr("famexport.runtime.open_block.uninterrupted", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                list(stream.feed([fed[:, 5:8]]))
+        assert (stream.held, stream.blocks) == (5, 0)
+        got = np.concatenate(list(stream.feed([fed[:, 5:]])), axis=1)
+        assert np.allclose(got, np.concatenate(wanted, axis=1)[:, 5:], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["text", "last"])
+def test_a_failure_after_the_commit_of_a_padded_block(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its positions are in the state, and are not held as well."""
+    session = sessions(name)
+    fed = random_input(session.contract, 16)
+    with session.stream() as stream, session.stream() as spared:
+        list(spared.feed([fed[:, :8]]))
+        list(stream.feed([fed[:, :3]]))
+        with monkeypatch.context() as patch:
+            patch.setattr(stream, "_keep_last", lambda *_: interrupt())
+            with pytest.raises(KeyboardInterrupt):
+                list(stream.feed([fed[:, 3:8]]))
+        assert (stream.held, stream.blocks) == (0, 1)
+        assert same_state(stream, spared)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before it", "after it"])

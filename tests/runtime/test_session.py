@@ -104,32 +104,53 @@ def test_what_load_refuses(bundles: Callable[[str], Path], tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("given", ["path", "bundle"])
+@pytest.mark.parametrize("late", [True, False], ids=["after its checks", "before them"])
+@pytest.mark.parametrize("seen", [True, False], ids=["another contract", "nothing else tells"])
 def test_a_bundle_that_is_replaced_while_it_loads(
-    bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+    bundles: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    late: bool,
+    seen: bool,
 ) -> None:
     """What was checked and what was loaded are one and the same: the new one where it is asked for by its path."""
+    from famexport.runtime import session as module
     from famexport.runtime.ort import OrtCpu
 
     live, later = tmp_path / "live", tmp_path / "later"
     shutil.copytree(bundles("plain"), live)
     shutil.copytree(bundles("no_memory"), later)
-    real, old, new = OrtCpu._load, fx.open_bundle(live), fx.open_bundle(later).id
+    real, old, new = OrtCpu._load if late else module._load, fx.open_bundle(live), fx.open_bundle(later).id
 
-    def load(self: OrtCpu, *args: Any) -> Any:
+    def load(*args: Any) -> Any:
         if later.exists():
             live.rename(tmp_path / "gone")
             later.rename(live)
-        return real(self, *args)
+        return real(*args)
 
-    monkeypatch.setattr(OrtCpu, "_load", load)
+    monkeypatch.setattr(OrtCpu if late else module, "_load", load)
+    if not seen:
+        monkeypatch.setattr("famexport.runtime.ort.check_io", lambda session, io: None)
     if given == "bundle":
-        with pytest.raises(BundleError, match="was replaced while it was loaded .*; load it again|is not what"):
+        with pytest.raises(BundleError, match="was replaced while it was loaded; load it again|is not what|expected"):
             fx.load(old, "ort-cpu", threads=1)
     else:
-        monkeypatch.setattr("famexport.runtime.ort.check_io", lambda session, io: None)  # or else it sees it first
         with fx.load(live, "ort-cpu", threads=1) as session:
             assert session.info()["bundle_id"] == new
             assert session.contract.memory_segments == 0
+
+
+def test_a_bundle_whose_files_were_touched_is_still_the_same(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(bundles("plain"), tmp_path / "bundle")
+    opened = fx.open_bundle(tmp_path / "bundle")
+    for file in (tmp_path / "bundle").iterdir():
+        file.chmod(0o600)
+    fx.load(opened, "ort-cpu", threads=1).close()
+    (tmp_path / "bundle" / "golden.safetensors").unlink()
+    assert not opened.is_unchanged()
+    with pytest.raises(BundleError, match="was replaced while it was loaded; load it again"):
+        fx.load(opened, "ort-cpu", threads=1)
 
 
 @pytest.mark.parametrize(
