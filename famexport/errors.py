@@ -23,7 +23,9 @@ A message says what was got, what was expected and what to type next. Foreign ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 def first_line(exc: BaseException, limit: int = 500) -> str:
@@ -112,3 +114,13 @@ def raise_problems(error: type[FamExportError], subject: str, problems: Sequence
     if len(problems) == 1:
         raise error(f"{subject}: {problems[0]}")
     raise error(f"{subject}: {len(problems)} problems: " + "; ".join(problems))
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """For scripts: an error of famexport's ends them with one line on stderr, and the code that the CLI gives it."""
+    try:
+        yield
+    except FamExportError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(exc.exit_code)

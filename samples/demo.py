@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from famexport.errors import exit_on_error
 from famexport.runtime.process import device_facts, versions
 from famexport.runtime.score import SETTLED
 from samples.passkey.proof import prove
@@ -135,4 +136,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

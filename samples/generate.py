@@ -7,21 +7,21 @@ python samples/generate.py BUNDLE "Once upon a time" [TOKENS]
 from __future__ import annotations
 
 import argparse
-import sys
 
 import numpy as np
 
 import famexport as fx
 from famexport.chat_template import stop_ids
+from famexport.errors import exit_on_error
 from famexport.runtime.feeding import bundle_tokenizer
-from famexport.text import stream_text
+from famexport.text import stream_text, token_ids
 
 
 def main(bundle: str, prompt: str, tokens: int = 40) -> None:
     with fx.load(bundle) as session, session.stream() as stream:
         tokenizer = bundle_tokenizer(session.bundle)
         stop = stop_ids(session.bundle, tokenizer)
-        ids = np.array(tokenizer.encode(prompt, add_special_tokens=False).ids, np.int64)
+        ids = np.array(token_ids(tokenizer, prompt), np.int64)
         for _ in stream.feed([ids]):
             pass
         read = stream.snapshot()  # the prompt is read once
@@ -39,8 +39,5 @@ if __name__ == "__main__":
     parser.add_argument("bundle")
     parser.add_argument("prompt")
     parser.add_argument("tokens", type=int, nargs="?", default=40)
-    try:
+    with exit_on_error():
         main(**vars(parser.parse_args()))
-    except fx.FamExportError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(exc.exit_code)

@@ -25,6 +25,7 @@ from famexport.bench.tokens import bench_tokens
 from famexport.checkpoint import init_checkpoint
 from famexport.config import FamConfig, preset
 from famexport.contract import PRECISION_DTYPE
+from famexport.errors import exit_on_error
 from famexport.export.pipeline import export_bundle
 from famexport.publish import write_output
 
@@ -120,4 +121,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

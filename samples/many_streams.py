@@ -7,13 +7,13 @@ python samples/many_streams.py BUNDLE [USERS] [TOKENS]
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 import famexport as fx
+from famexport.errors import exit_on_error
 
 CAPACITY = 4
 
@@ -42,8 +42,5 @@ if __name__ == "__main__":
     parser.add_argument("bundle")
     parser.add_argument("users", type=int, nargs="?", default=12)
     parser.add_argument("tokens", type=int, nargs="?", default=16)
-    try:
+    with exit_on_error():
         main(**vars(parser.parse_args()))
-    except fx.FamExportError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(exc.exit_code)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import famexport as fx
 from famexport import TensorSpec as Spec
+from famexport.errors import exit_on_error
 
 BLOCK, READINGS, SCORES, WIDTH, TAPS = 8, 6, 2, 32, 4
 
@@ -56,4 +57,5 @@ def main(out: str = "sensor-bundle") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with exit_on_error():
+        main(*sys.argv[1:])

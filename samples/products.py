@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 
 from famexport.config import PRESETS, FamConfig, preset
+from famexport.errors import exit_on_error
 from famexport.export.passes import MS, serialize
 from famexport.runtime.ort import add_int8_options, import_onnxruntime
 
@@ -120,4 +121,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -6,13 +6,13 @@ python samples/stream_file.py BUNDLE TEXT STATE
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 import famexport as fx
+from famexport.errors import exit_on_error
 from famexport.runtime.feeding import token_source
 from famexport.runtime.score import RunReport, run_tokens
 
@@ -48,8 +48,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     for word in ("bundle", "text", "state"):
         parser.add_argument(word)
-    try:
+    with exit_on_error():
         main(**vars(parser.parse_args()))
-    except fx.FamExportError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(exc.exit_code)

@@ -12,9 +12,7 @@ import typer
 BACKENDS = "auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, ort-cpu, torch, torch-compile (both also :cuda)."
 Json = Annotated[bool, typer.Option("--json", help="The result on stdout as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report, errors only.")]
-MAX_THREADS = max(
-    64, 4 * (os.cpu_count() or 1)
-)  # every graph has as many of its own: 1,024 took 40 s to start on two cores
+MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))  # of every graph: 1,024 took 40 s to start on two cores
 Threads = Annotated[
     int | None,
     typer.Option(help="Threads for one operator.", min=1, max=MAX_THREADS, show_default="the backend's choice"),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import famexport as fx
+from famexport.errors import exit_on_error
 from famexport.runtime.process import rss_bytes
 from samples.passkey.evaluate import about, bundle_task, fam_norms, save
 from samples.passkey.task import DIGITS, FILLERS, FORMS, Exam, Ids, Task
@@ -162,8 +162,5 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_error():
         main()
-    except fx.FamExportError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(exc.exit_code)

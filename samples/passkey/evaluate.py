@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import famexport as fx
+from famexport.errors import exit_on_error
 from famexport.publish import write_output
 from famexport.runtime.feeding import bundle_tokenizer
 from famexport.runtime.process import device_facts, rss_bytes, versions
@@ -156,8 +156,5 @@ def save(report: dict[str, Any], out: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_error():
         main()
-    except fx.FamExportError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(exc.exit_code)

@@ -28,6 +28,7 @@ from famexport.checkpoint import (
     write_checkpoint,
 )
 from famexport.config import FamConfig
+from famexport.errors import exit_on_error
 from famexport.model import FamModel
 from samples.passkey import lora
 from samples.passkey.streams import Options, Streams, recall
@@ -193,4 +194,5 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    train(arguments())
+    with exit_on_error():
+        train(arguments())

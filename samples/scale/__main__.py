@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from famexport.config import PRESETS, preset
+from famexport.errors import exit_on_error
 from famexport.publish import write_output
 from samples.scale import attention, fam, plot
 
@@ -79,4 +80,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()
