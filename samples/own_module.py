@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import famexport as fx
 from famexport import TensorSpec as Spec
-from famexport.errors import exit_on_error
 
 BLOCK, READINGS, SCORES, WIDTH, TAPS = 8, 6, 2, 32, 4
 
@@ -57,5 +56,4 @@ def main(out: str = "sensor-bundle") -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(*sys.argv[1:])
+    main(*sys.argv[1:])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -126,8 +128,8 @@ def export_bundle(
             engines={},
         )
         write_manifest(temp, manifest)
-        open_bundle(temp, hashes=hashes)  # a module of one's own may have operators that no device would load
-    return open_bundle(out, hashes=hashes)
+        checked = open_bundle(temp, hashes=hashes)  # before: a module may have operators that no device would load
+    return replace(checked, path=Path(os.path.abspath(out)))
 
 
 def _check_options(
