@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all_bf16": ({"num_hidden_layers": 1}, {"graphs": "all", "chunks": (3,), "precision": "bf16"}),
     "all_last": ({"num_hidden_layers": 1}, {"graphs": "all", "chunks": (1, 3), "logits": "last"}),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A shell starts what it puts into the background with Ctrl-C ignored, and Python leaves it at that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_tokenizer() -> bytes:
