@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from famexport.bundle import engine_bytes, open_bundle
+from famexport.bundle import MAX_GRAPH_BYTES, engine_bytes, open_bundle
 from famexport.contract import METADATA_KEY
 from famexport.engines import read_entries
 from famexport.errors import BundleError, InvalidInputError, MissingDependencyError, UsageError
@@ -17,8 +17,6 @@ from famexport.onnx_wire import graph_facts
 from famexport.runtime.session import precision_problem
 from famexport.runtime.trust import is_trusted
 from famexport.tensorfile import read_header
-
-_MAX_GRAPH_BYTES = 2**31 - 1
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -135,8 +133,8 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _graph(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_GRAPH_BYTES:
-        raise InvalidInputError(f"{path} has {path.stat().st_size} bytes; an ONNX file has at most {_MAX_GRAPH_BYTES}")
+    if path.stat().st_size > MAX_GRAPH_BYTES:
+        raise InvalidInputError(f"{path} has {path.stat().st_size} bytes; an ONNX file has at most {MAX_GRAPH_BYTES}")
     try:
         facts = graph_facts(path.read_bytes())
     except BundleError as exc:

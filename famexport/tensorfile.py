@@ -22,11 +22,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from famexport.contract import ITEM_BYTES
+from famexport.contract import ITEM_BYTES, MAX_AXES
 from famexport.errors import InvalidInputError
 
 MAX_HEADER_BYTES = 16 * 2**20
-MAX_AXES = 8  # the product of many sizes takes time that grows with its square
 ALIGNMENT = 64  # of the data section, in bytes
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
 _CODES |= {"int8": "I8", "uint8": "U8"}  # of quantised weights; no tensor of a contract has them

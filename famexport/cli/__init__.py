@@ -11,7 +11,7 @@ from typing import Annotated, TextIO, cast
 
 import typer
 
-from famexport.errors import FamExportError, MissingDependencyError
+from famexport.errors import FamExportError, MissingDependencyError, first_line
 
 _INTERRUPTED = 130
 app = typer.Typer(
@@ -135,6 +135,5 @@ def _run_command(arguments: list[str], debug: bool) -> int:
             raise
         if missing := _missing_package(exc):
             return _say(missing)
-        first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-        _print_error(f"{type(exc).__name__}: {first[:500]} (run again with --debug for the traceback)")
+        _print_error(f"{type(exc).__name__}: {first_line(exc)} (run again with --debug for the traceback)")
         return 1

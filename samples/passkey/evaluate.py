@@ -26,6 +26,7 @@ from famexport.errors import exit_on_error
 from famexport.publish import write_output
 from famexport.runtime.feeding import bundle_tokenizer
 from famexport.runtime.process import device_facts, rss_bytes, versions
+from famexport.text import token_ids
 from samples.passkey.task import DIGITS, FILLERS, FORMS, Exam, Ids, Task
 
 LENGTHS = (1_024, 4_096, 16_384, 65_536, 262_144)
@@ -37,8 +38,8 @@ def bundle_task(session: fx.Session, form: str) -> Task:
     """The task in the tokens of a bundle's tokenizer; bytes where each byte is one."""
     tokenizer = bundle_tokenizer(session.bundle)
     size = tokenizer.get_vocab_size()
-    plain = size == 256 and tokenizer.encode("Az 09.\n", add_special_tokens=False).ids == list(b"Az 09.\n")
-    return Task(form, None if plain else lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+    plain = size == 256 and token_ids(tokenizer, "Az 09.\n") == list(b"Az 09.\n")
+    return Task(form, None if plain else lambda text: token_ids(tokenizer, text))
 
 
 def answered(session: fx.Session, exam: Exam, sabotage: str | None = None) -> tuple[Ids, dict[str, Any]]:
